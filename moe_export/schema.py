@@ -1,0 +1,226 @@
+"""What the parts of moe-export tell each other: plain frozen dataclasses, JSON in and out.
+
+``manifest.json`` of a bundle is a :class:`Manifest`. Anything with ``shape`` uses ints for fixed and strings for
+symbolic dimensions: ``batch``, ``sequence`` (new tokens), ``past`` (cached tokens), ``total`` (= past + sequence).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+SCHEMA_VERSION = 1
+
+Task = Literal["text-generation", "feature-extraction", "module"]
+TASKS: tuple[str, ...] = typing.get_args(Task)
+DTYPES: tuple[str, ...] = ("float32", "float16", "bfloat16")
+"""Model dtypes. ``bfloat16`` stores weights in bfloat16 and computes in float32 where the CPU has no kernel."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of an engine.
+
+    ``role``: ``token_ids`` (checked against ``vocab_size``), ``mask``, ``positions``, ``cache`` (input and output come
+    in pairs: ``pair`` names the other one), ``data`` (anything else), ``logits``, ``hidden``.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    role: str = "data"
+    pair: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelIO:
+    """Inputs and outputs, in the graph's order."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def cache_inputs(self) -> tuple[TensorSpec, ...]:
+        return tuple(t for t in self.inputs if t.role == "cache")
+
+
+@dataclass(frozen=True)
+class MoELayer:
+    """One MoE layer of an exported model and where its values are in the graph.
+
+    Value names hold in ``model.onnx`` of every target; a pass must keep them.
+    ``hidden`` [T, H] (expert input), ``logits`` [T, E] or None, ``expert_ids`` [T, K] int32 (-1 = dropped),
+    ``weights`` [T, K] float32, ``output`` [T, H] (combined expert output, before shared experts).
+    """
+
+    index: int
+    name: str
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+    hidden: str
+    expert_ids: str
+    weights: str
+    output: str
+    logits: str | None = None
+    router: dict[str, Any] | None = None
+    """Attributes of the Router op, or None where the router was left as plain nodes."""
+    router_note: str = ""
+    """Why a Router op is attached or not."""
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A lowering that was not taken, and why."""
+
+    choice: str
+    reason: str
+    measured_ms: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a pass decided for one subject (an MoE layer, a dtype, a fusion) and why."""
+
+    subject: str
+    choice: str
+    reason: str
+    alternatives: tuple[Alternative, ...] = ()
+    measured_ms: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """Where a model came from. ``hash``: SHA-256 over config and weight files (or over the state dict)."""
+
+    kind: Literal["huggingface", "module"]
+    path: str | None
+    model_type: str
+    class_name: str
+    hash: str
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file of a bundle: path relative to it (forward slashes), size in bytes, SHA-256 in hex."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest batch and total sequence length (past + new tokens) an engine accepts; None = unlimited."""
+
+    max_batch: int | None = None
+    max_sequence: int | None = None
+
+
+@dataclass(frozen=True)
+class TextInfo:
+    """What generation needs. ``tokenizer`` is a folder inside the bundle, or None."""
+
+    vocab_size: int
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+    pad_token_id: int | None = None
+    decoder_start_token_id: int | None = None
+    tokenizer: str | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """``manifest.json``."""
+
+    source: SourceInfo
+    task: str
+    target: str
+    dtype: str
+    opset: int
+    io: ModelIO
+    limits: Limits
+    moe_layers: tuple[MoELayer, ...]
+    decisions: tuple[Decision, ...] = ()
+    notes: tuple[str, ...] = ()
+    text: TextInfo | None = None
+    parameters: dict[str, int] = field(default_factory=dict)
+    """``total``, ``active``, ``active_without_embeddings``."""
+    model_file: str = "model.onnx"
+    files: tuple[FileEntry, ...] = ()
+    tools: dict[str, str] = field(default_factory=dict)
+    evidence: dict[str, Any] = field(default_factory=dict)
+    """Summaries: ``parity`` and ``bench``; the whole is in ``evidence/*.json`` of the bundle."""
+    created: str = ""
+    schema_version: int = SCHEMA_VERSION
+
+
+def to_json(value: Any) -> Any:
+    """A dataclass (or container of them) as plain JSON values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(k): to_json(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(v) for v in value]
+    return value
+
+
+def from_json(cls: Any, data: Any, where: str = "") -> Any:
+    """Rebuild ``cls`` (a dataclass of this module) from JSON values.
+
+    Raises:
+        ValueError: a field is missing, unknown or has the wrong type; the message names it.
+    """
+    here = where or getattr(cls, "__name__", str(cls))
+    origin = typing.get_origin(cls)
+    if cls is Any:
+        return data
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(cls)
+        if data is None and type(None) in options:
+            return None
+        rest = [o for o in options if o is not type(None)]
+        for option in rest:
+            if option in (int, str, float, bool) and type(data) is option:
+                return data
+        return from_json(rest[0], data, here)
+    if origin is Literal:
+        if data not in typing.get_args(cls):
+            raise ValueError(f"{here}: expected one of {typing.get_args(cls)}, got {data!r}")
+        return data
+    if origin is tuple:
+        if not isinstance(data, list):
+            raise ValueError(f"{here}: expected a list, got {type(data).__name__}")
+        item = typing.get_args(cls)[0]
+        return tuple(from_json(item, v, f"{here}[{i}]") for i, v in enumerate(data))
+    if origin is dict:
+        if not isinstance(data, dict):
+            raise ValueError(f"{here}: expected an object, got {type(data).__name__}")
+        item = typing.get_args(cls)[1]
+        return {k: from_json(item, v, f"{here}.{k}") for k, v in data.items()}
+    if dataclasses.is_dataclass(cls):
+        if not isinstance(data, dict):
+            raise ValueError(f"{here}: expected an object, got {type(data).__name__}")
+        hints = typing.get_type_hints(cls)
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        unknown = sorted(set(data) - set(fields))
+        if unknown:
+            raise ValueError(f"{here}: unknown field {unknown[0]!r}")
+        values = {}
+        for name, f in fields.items():
+            if name in data:
+                values[name] = from_json(hints[name], data[name], f"{here}.{name}")
+            elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+                raise ValueError(f"{here}: missing field {name!r}")
+        assert isinstance(cls, type)
+        return cls(**values)
+    if cls is float and type(data) is int:
+        return float(data)
+    if type(data) is not cls:
+        raise ValueError(f"{here}: expected {getattr(cls, '__name__', cls)}, got {data!r}")
+    return data
