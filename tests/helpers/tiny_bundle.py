@@ -1,6 +1,6 @@
-"""A complete bundle of the tiny model, written by hand without the exporter, optionally with one known defect.
+"""A complete bundle of the tiny model, written by hand without the exporter, with one known defect or none.
 
-The ONNX graph follows ``docs/architecture.md``: flat KV cache, ``moe.<i>.*`` values, weights in an external file.
+The ONNX graph follows ``docs/architecture.md``: flat KV cache, ``moe.<i>.*`` values, external weights.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BROKEN: dict[str, str] = {
     "expert_swapped": "layer 1: experts 0 and 1 have each other's weights",
     "weights_scaled": "layer 0: routing weights are 1.1 times too large",
     "router_bias_dropped": "layer 0: router logits lack the bias",
-    "token_dropped": "layer 1: the last token of a run of two or more gets a zero MoE output; routing is right",
+    "token_dropped": "layer 1: the last token of a run of two or more gets no MoE output; routing is right",
     "no_renormalise": "layer 0: routing weights do not sum to 1",
     "cache_shifted": "layer 0: cached values are read one position off; a run without past is right",
     "rope_offset": "layer 0: queries are rotated as if one position later",
@@ -285,7 +285,7 @@ def make_tiny_bundle(
 ) -> Path:
     """Write a bundle of the tiny model into ``dir`` (created, must be empty) and return ``dir``.
 
-    ``broken`` is a key of :data:`BROKEN` or None; :class:`TinyReference` with the same ``seed`` is the yardstick.
+    ``broken`` is a key of :data:`BROKEN` or None; the yardstick is ``TinyReference(TinyWeights.make(seed))``.
     """
     dir = Path(dir)
     dir.mkdir(parents=True, exist_ok=True)
@@ -303,12 +303,11 @@ def make_tiny_bundle(
     total = weights.count()
     idle = tiny.LAYERS * (tiny.EXPERTS - tiny.TOP_K) * 3 * tiny.HIDDEN * tiny.INTERMEDIATE
     embeddings = tiny.VOCAB * tiny.HIDDEN
+    source_hash = hashlib.sha256(b"tiny%d" % seed).hexdigest()
     write_manifest(
         dir,
         Manifest(
-            source=SourceInfo(
-                "module", None, "tiny", "TinyReference", hashlib.sha256(b"tiny%d" % seed).hexdigest()
-            ),
+            source=SourceInfo("module", None, "tiny", "TinyReference", source_hash),
             task="text-generation",
             target="onnxruntime",
             dtype="float32",

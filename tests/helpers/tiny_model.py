@@ -1,20 +1,20 @@
 """A two-layer MoE language model small enough to read: its weights and its NumPy reference.
 
-Embedding, then per layer RMS norm, grouped-query attention with RoPE, RMS norm, a router (linear with bias, softmax,
-top-k, renormalise) over SwiGLU experts, and a head. Ties go to the lower expert.
+Embedding, then per layer RMS norm, grouped-query attention with RoPE, RMS norm, a router (linear with bias,
+softmax, top-k, renormalise) over SwiGLU experts, and a head. Ties go to the lower expert.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moe_export.trace import LayerTrace, TracedRun
 
-Array = NDArray[Any]
+Array: TypeAlias = NDArray[Any]
 
 LAYERS, VOCAB, BOS, EOS, PAD = 2, 259, 256, 257, 258
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 32, 4, 2, 8
