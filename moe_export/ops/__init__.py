@@ -1,1 +1,28 @@
-"""ops."""
+"""The ops of the ``moe_export`` domain: contracts, float64 references and ONNX bodies."""
+
+from __future__ import annotations
+
+from ..errors import UsageError, choices_text
+from .combine import COMBINE
+from .contract import DOMAIN, VERSION, Attribute, OpContract, Param, Tolerance
+from .dispatch import DISPATCH
+from .expert_mlp import EXPERT_MLP
+from .grouped_matmul import GROUPED_MATMUL
+from .router import ROUTER
+
+OPS: dict[str, OpContract] = {op.name: op for op in (ROUTER, DISPATCH, GROUPED_MATMUL, COMBINE, EXPERT_MLP)}
+"""Every op by name."""
+
+
+def get_op(name: str) -> OpContract:
+    """The contract of op ``name``.
+
+    Raises:
+        UsageError: no such op; the message lists the choices.
+    """
+    if name not in OPS:
+        raise UsageError(f"unknown op {name!r}; {choices_text(name, OPS)}")
+    return OPS[name]
+
+
+__all__ = ["DOMAIN", "OPS", "VERSION", "Attribute", "OpContract", "Param", "Tolerance", "get_op"]

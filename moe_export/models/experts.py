@@ -1,0 +1,102 @@
+"""The experts of an MoE layer written with our ops: what every family and adapter is exported through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+HOOK_NAME = "moe_export"
+LAYER_ATTRIBUTE = "_moe_export_layer"
+
+
+def experts_forward(
+    hidden: torch.Tensor,
+    expert_ids: torch.Tensor,
+    weights: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    activate: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    layer: str,
+    up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    transposed: bool = False,
+    after_down: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Dispatch → grouped matmul → activation → grouped matmul → combine, as visible ops.
+
+    Args:
+        hidden: [T, H] tokens.
+        expert_ids: [T, K] chosen experts; negative = dropped.
+        weights: [T, K] routing weights.
+        up: [E, 2I or I, H] gate and up projection, or up alone ([E, H, ·] when ``transposed``).
+        down: [E, H, I] ([E, I, H] when ``transposed``).
+        activate: [M, 2I or I] → [M, I].
+        layer: name of the layer, kept in the graph.
+        up_bias, down_bias: [E, ·].
+        after_down: [M, H] → [M, H], before the weights are applied.
+
+    Returns:
+        [T, H] in the dtype of ``hidden``.
+    """
+    import torch
+
+    from ..ops.torch_ops import torch_ops
+
+    ops = torch_ops()
+    num_experts, top_k = up.shape[0], expert_ids.shape[1]
+    ids = expert_ids.to(torch.int32)
+    order, offsets = ops.dispatch(ids, num_experts, layer)
+    rows = hidden[torch.div(order, top_k, rounding_mode="trunc")]
+    owner = None
+    if up_bias is not None or down_bias is not None:
+        owner = ids.reshape(-1)[order].clamp(0, num_experts - 1)
+    inner = ops.grouped_matmul(rows, up, offsets, transposed)
+    if up_bias is not None:
+        inner = inner + up_bias[owner]
+    inner = activate(inner)
+    out = ops.grouped_matmul(inner, down, offsets, transposed)
+    if down_bias is not None:
+        out = out + down_bias[owner]
+    if after_down is not None:
+        out = after_down(out)
+    return ops.combine(out, order, weights.to(torch.float32)).to(hidden.dtype)
+
+
+def hook(
+    self: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """transformers' experts interface: ``self`` is any experts module of the library."""
+    gated = self.has_gate
+    biased = self.has_bias
+    up = self.gate_up_proj if gated else self.up_proj
+    bias_name = "gate_up_proj_bias" if gated else "up_proj_bias"
+    return experts_forward(
+        hidden_states.reshape(-1, hidden_states.shape[-1]),
+        top_k_index,
+        top_k_weights,
+        up,
+        self.down_proj,
+        self._apply_gate if gated else self.act_fn,
+        layer=getattr(self, LAYER_ATTRIBUTE, type(self).__name__),
+        up_bias=getattr(self, bias_name) if biased else None,
+        down_bias=self.down_proj_bias if biased else None,
+        transposed=self.is_transposed,
+        after_down=self.post_expert_norm if self.has_post_expert_norm else None,
+    ).reshape(hidden_states.shape)
+
+
+def is_experts_module(module: torch.nn.Module) -> bool:
+    """Whether ``module`` dispatches through transformers' experts interface."""
+    return hasattr(module, "_is_expert_parallel") and hasattr(module, "down_proj")
+
+
+def register_hook() -> str:
+    """Register the hook with transformers (again and again is fine) and return its name."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(HOOK_NAME, hook)
+    return HOOK_NAME

@@ -1,0 +1,132 @@
+"""What an op is: one contract object from which schema, function body, tests and docs are made or checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError, choices_text
+
+if TYPE_CHECKING:
+    import onnx
+
+DOMAIN = "moe_export"
+VERSION = 1
+
+FLOAT_TYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Param:
+    """An input or output: shape by symbol (T tokens, E experts, K per token, H hidden, I intermediate, M = T*K)."""
+
+    name: str
+    shape: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    doc: str
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """An attribute. ``structural``: changes the body, so all nodes of one model must agree on it."""
+
+    name: str
+    kind: type[int] | type[float] | type[str]
+    doc: str
+    default: int | float | str | None = None
+    choices: tuple[int | float | str, ...] = ()
+    structural: bool = False
+
+    def check(self, op: str, value: Any) -> int | float | str:
+        """Return ``value`` as the attribute's type.
+
+        Raises:
+            UsageError: wrong type or not one of the choices.
+        """
+        if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if self.kind is int and isinstance(value, bool):
+            value = int(value)
+        if not isinstance(value, self.kind):
+            raise UsageError(f"{op}.{self.name}: expected {self.kind.__name__}, got {value!r}")
+        if self.choices and value not in self.choices:
+            raise UsageError(f"{op}.{self.name}: unknown value {value!r}; "
+                             f"{choices_text(str(value), [str(c) for c in self.choices])}")
+        return value
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Largest allowed max and RMS error, relative to max |reference| (at least 1), and why."""
+
+    max: float
+    rms: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class OpContract:
+    """One op of the ``moe_export`` domain.
+
+    ``reference`` takes and returns numpy arrays (float64 inside). ``body`` returns the ONNX function body as text in
+    ONNX's own syntax for given attributes and opset; it runs in any runtime.
+    """
+
+    name: str
+    summary: str
+    inputs: tuple[Param, ...]
+    outputs: tuple[Param, ...]
+    attributes: tuple[Attribute, ...]
+    reference: Callable[..., Any]
+    body: Callable[[Mapping[str, Any], int], str]
+    tolerance: Mapping[str, Tolerance] = field(default_factory=dict)
+    source: str = ""
+
+    def complete(self, attributes: Mapping[str, Any]) -> dict[str, Any]:
+        """All attributes, defaults filled in and values checked.
+
+        Raises:
+            UsageError: unknown or missing attribute, or a bad value.
+        """
+        known = {a.name: a for a in self.attributes}
+        for name in attributes:
+            if name not in known:
+                raise UsageError(f"{self.name}: unknown attribute {name!r}; {choices_text(name, known)}")
+        out: dict[str, Any] = {}
+        for name, attribute in known.items():
+            value = attributes.get(name, attribute.default)
+            if value is None:
+                raise UsageError(f"{self.name}: attribute {name!r} is required")
+            out[name] = attribute.check(self.name, value)
+        return out
+
+    def variant(self, attributes: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The structural attributes' values: nodes with equal variants share one body."""
+        full = self.complete(attributes)
+        return tuple(full[a.name] for a in self.attributes if a.structural)
+
+    def function(self, attributes: Mapping[str, Any], opset: int) -> onnx.FunctionProto:
+        """The ONNX function for these attributes: numeric ones stay attribute references, structural ones are built in."""
+        import onnx.parser
+
+        full = self.complete(attributes)
+        names = ", ".join(a.name for a in self.attributes)
+        declared = f"<{names}>" if names else ""
+        ins = ", ".join(p.name for p in self.inputs)
+        outs = ", ".join(p.name for p in self.outputs)
+        text = (
+            f'<domain: "{DOMAIN}", opset_import: ["" : {opset}, "{DOMAIN}" : {VERSION}]>\n'
+            f"{self.name} {declared} ({ins}) => ({outs})\n{{\n{self.body(full, opset)}\n}}"
+        )
+        function = onnx.parser.parse_function(text)
+        function.doc_string = self.summary
+        return function
+
+
+FLOAT_TOLERANCE: dict[str, Tolerance] = {
+    "float32": Tolerance(2e-6, 5e-7, "float32 accumulation over H or I up to a few thousand terms"),
+    "float16": Tolerance(2e-3, 5e-4, "one rounding to float16 (2^-11) per intermediate"),
+    "bfloat16": Tolerance(1.6e-2, 4e-3, "one rounding to bfloat16 (2^-8) per intermediate"),
+}

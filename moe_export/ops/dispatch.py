@@ -1,0 +1,75 @@
+"""Dispatch: sort the M = T*K assignments by expert, stably by token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .contract import Attribute, OpContract, Param
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+def reference(expert_ids: NDArray[np.int32], num_experts: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Stable counting sort of ``expert_ids`` [T, K] read row by row.
+
+    Returns ``order`` int64 [M] (positions in the flattened ids, sorted by expert, then by token) and ``offsets`` int64
+    [E+1]: expert *e* owns ``order[offsets[e]:offsets[e+1]]``. Negative ids (dropped) come before ``offsets[0]``, ids
+    of E and more (experts of another rank) after ``offsets[E]``.
+    """
+    import numpy as np
+
+    flat = np.asarray(expert_ids).reshape(-1).astype(np.int64)
+    clipped = np.clip(flat, -1, num_experts)
+    order = np.argsort(clipped, kind="stable").astype(np.int64)
+    offsets = np.searchsorted(clipped[order], np.arange(num_experts + 1), side="left").astype(np.int64)
+    return order, offsets
+
+
+def body(_attributes: Mapping[str, Any], _opset: int) -> str:
+    # The key expert * M + position is unique, so TopK (any tie rule) sorts stably.
+    return """
+    minus_one_1d = Constant <value_ints = [-1]> ()
+    zero = Constant <value_int = 0> ()
+    one = Constant <value_int = 1> ()
+    num_experts_value = Constant <value_int : int = @num_experts> ()
+    ids_64 = Cast <to = 7> (expert_ids)
+    ids_flat = Reshape (ids_64, minus_one_1d)
+    minus_one = Neg (one)
+    ids_low = Max (ids_flat, minus_one)
+    ids = Min (ids_low, num_experts_value)
+    count_1d = Shape (ids)
+    count = Squeeze (count_1d)
+    position = Range (zero, count, one)
+    scaled = Mul (ids, count)
+    key = Add (scaled, position)
+    sorted_key, order = TopK <axis = 0, largest = 0, sorted = 1> (key, count_1d)
+    bound = Add (num_experts_value, one)
+    experts = Range (zero, bound, one)
+    expert_column = Unsqueeze (experts, minus_one_1d)
+    zero_1d = Constant <value_ints = [0]> ()
+    ids_row = Unsqueeze (ids, zero_1d)
+    before = Less (ids_row, expert_column)
+    before_64 = Cast <to = 7> (before)
+    one_1d = Constant <value_ints = [1]> ()
+    offsets = ReduceSum <keepdims = 0> (before_64, one_1d)
+    """
+
+
+DISPATCH = OpContract(
+    name="Dispatch",
+    summary="Sorts the assignments of tokens to experts by expert, then by token, and says where each expert's begin.",
+    inputs=(Param("expert_ids", ("T", "K"), ("int32",), "chosen experts; negative = dropped, >= E = not ours"),),
+    outputs=(
+        Param("order", ("M",), ("int64",), "positions in the flattened expert_ids, sorted by expert, then by token"),
+        Param("offsets", ("E+1",), ("int64",), "expert e owns order[offsets[e]:offsets[e+1]]"),
+    ),
+    attributes=(
+        Attribute("num_experts", int, "number of experts E"),
+        Attribute("layer", str, "name of the MoE layer in the source model", default=""),
+    ),
+    reference=reference,
+    body=body,
+)
