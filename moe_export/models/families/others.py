@@ -16,8 +16,8 @@ OTHERS: tuple[Family, ...] = (
            also=("SwitchTransformersEncoderModel",)),
     Family("nllb_moe", "refused", "softmax, top-2, capacity per expert, the rest dropped",
            reason="transformers 5.23.0 hands its experts a 0/1 mask where expert ids are expected, so "
-           "experts 0 and 1 compute every token whatever the router chose; an engine equal to it would carry that "
-           "defect, and a right one would differ from its reference"),
+           "experts 0 and 1 compute every token whatever the router chose; an engine equal to it would carry "
+           "that defect, and a right one would differ from its reference"),
     Family("vitpose_backbone", "works",
            "no router: the caller names the expert of every image (the data set)",
            "VitPoseBackbone",
