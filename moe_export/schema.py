@@ -1,7 +1,7 @@
 """What the parts of moe-export tell each other: plain frozen dataclasses, JSON in and out.
-
-``manifest.json`` of a bundle is a :class:`Manifest`. Anything with ``shape`` uses ints for fixed and strings for
-symbolic dimensions: ``batch``, ``sequence`` (new tokens), ``past`` (cached tokens), ``total`` (= past + sequence).
+ ``manifest.json`` of a bundle is a :class:`Manifest`. Anything with ``shape`` uses ints for fixed and strings
+for symbolic dimensions: ``batch``, ``sequence`` (new tokens), ``past`` (cached tokens), ``total`` (= past +
+sequence).
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ SCHEMA_VERSION = 1
 Task = Literal["text-generation", "feature-extraction", "module"]
 TASKS: tuple[str, ...] = typing.get_args(Task)
 DTYPES: tuple[str, ...] = ("float32", "float16", "bfloat16")
-"""Model dtypes. ``bfloat16`` stores weights in bfloat16 and computes in float32 where the CPU has no kernel."""
+"""Model dtypes. ``bfloat16`` stores weights in bfloat16 and computes in float32 where the CPU has no
+kernel."""
 
 
 @dataclass(frozen=True)
 class TensorSpec:
     """One input or output of an engine.
 
-    ``role``: ``token_ids`` (checked against ``vocab_size``), ``mask``, ``positions``, ``cache`` (input and output come
-    in pairs: ``pair`` names the other one), ``data`` (anything else), ``logits``, ``hidden``.
+    ``role``: ``token_ids`` (checked against ``vocab_size``), ``mask``, ``positions``, ``cache`` (input and
+    output come in pairs: ``pair`` names the other one), ``data`` (anything else), ``logits``, ``hidden``.
     """
 
     name: str
@@ -191,7 +192,7 @@ def from_json(cls: Any, data: Any, where: str = "") -> Any:
         return from_json(rest[0], data, here)
     if origin is Literal:
         if data not in typing.get_args(cls):
-            raise ValueError(f"{here}: expected one of {typing.get_args(cls)}, got {data!r}")
+            raise ValueError(f"{here}: expected one of {typing.get_args(cls)}, got {_shown(data)}")
         return data
     if origin is tuple:
         if not isinstance(data, list):
@@ -220,7 +221,18 @@ def from_json(cls: Any, data: Any, where: str = "") -> Any:
         assert isinstance(cls, type)
         return cls(**values)
     if cls is float and type(data) is int:
-        return float(data)
+        try:
+            return float(data)
+        except OverflowError as error:
+            raise ValueError(f"{here}: the number is too large") from error
     if type(data) is not cls:
-        raise ValueError(f"{here}: expected {getattr(cls, '__name__', cls)}, got {data!r}")
+        raise ValueError(f"{here}: expected {getattr(cls, '__name__', cls)}, got {_shown(data)}")
     return data
+
+
+def _shown(data: Any) -> str:
+    """A JSON value for an error message: containers by their type, long texts cut."""
+    if isinstance(data, (dict, list)):
+        return "an object" if isinstance(data, dict) else "a list"
+    text = repr(data)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,231 @@
+"""What a build is asked to do, from a TOML file and from flags. ``docs/configuration.md`` describes the
+file."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moe_export.errors import UsageError, choices_text
+from moe_export.schema import DTYPES, TASKS
+
+TARGETS: tuple[str, ...] = ("onnxruntime", "portable")
+EXPERT_LOWERINGS: tuple[str, ...] = ("auto", "unrolled", "loop")
+OPSETS: tuple[int, ...] = (20, 21, 22, 24)
+DEFAULT_OPSET = 20
+_OPSET_REASONS = {
+    23: "ONNX Runtime's RotaryEmbedding of opset 23 is broken for these graphs",
+}
+MAX_SEED = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """Every choice of one build. Constructing it checks it.
+
+    Raises:
+        UsageError: a field has a wrong type or value; the message names the field and what it may be.
+    """
+
+    target: str = "onnxruntime"
+    dtype: str = "float32"
+    task: str | None = None
+    """None: chosen from the model."""
+    verify: bool = True
+    bench: bool = True
+    max_batch: int | None = None
+    """Largest batch the engine accepts; None = unlimited."""
+    max_sequence: int | None = None
+    """Largest total sequence length in tokens (past and new together); None = what the model allows."""
+    opset: int = DEFAULT_OPSET
+    expert_lowering: str = "auto"
+    """How a layer's experts are lowered; ``auto`` chooses per layer and reports why."""
+    tolerances: dict[str, float] = field(default_factory=dict)
+    """Output name → largest error allowed there, in place of the dtype's default."""
+    seed: int = 0
+    threads: int | None = None
+    """Threads of the engine and of its baselines; None = all cores."""
+    overwrite: bool = False
+    trust_remote_code: bool = False
+    """Run Python code that lies in the source folder. Never taken from a file."""
+    bench_batches: tuple[int, ...] | None = None
+    """Batch sizes to measure; None = the bench's own."""
+    bench_sequences: tuple[int, ...] | None = None
+    """Sequence lengths to measure; None = the bench's own."""
+    bench_rounds: int | None = None
+    """Rounds per measurement; None = the bench's own."""
+
+    def __post_init__(self) -> None:
+        for name in ("verify", "bench", "overwrite", "trust_remote_code"):
+            if type(getattr(self, name)) is not bool:
+                raise UsageError(f"{name}: expected true or false, got {getattr(self, name)!r}")
+        _check_choice("target", self.target, TARGETS)
+        _check_choice("dtype", self.dtype, DTYPES)
+        _check_choice("expert_lowering", self.expert_lowering, EXPERT_LOWERINGS)
+        if self.task is not None:
+            _check_choice("task", self.task, TASKS)
+        _check_opset(self.opset)
+        for name in ("max_batch", "max_sequence", "threads", "bench_rounds"):
+            value = getattr(self, name)
+            if value is not None:
+                _check_int(name, value, 1)
+        _check_int("seed", self.seed, 0, MAX_SEED)
+        _check_tolerances(self.tolerances)
+        object.__setattr__(self, "tolerances", {k: float(v) for k, v in self.tolerances.items()})
+        for name in ("bench_batches", "bench_sequences"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, _sizes(name, value))
+        if self.bench and self.max_batch is not None:
+            _check_below("bench_batches", self.bench_batches, "max_batch", self.max_batch)
+        if self.bench and self.max_sequence is not None:
+            _check_below("bench_sequences", self.bench_sequences, "max_sequence", self.max_sequence)
+
+    def key_fields(self) -> dict[str, Any]:
+        """The fields that decide what a bundle holds, for :func:`moe_export.bundle.cache_key`."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k != "overwrite"}
+
+
+_PLACES: dict[str, tuple[str, str]] = {
+    **{f.name: ("build", f.name) for f in dataclasses.fields(BuildConfig)},
+    "tolerances": ("verify", "tolerances"),
+    "bench_batches": ("bench", "batch"),
+    "bench_sequences": ("bench", "sequence"),
+    "bench_rounds": ("bench", "rounds"),
+}
+"""Field → its table and key in a configuration file."""
+_FLAG_ONLY = "trust_remote_code"
+
+
+def load_config_file(path: str | Path) -> dict[str, Any]:
+    """Read a TOML configuration file.
+
+    Returns: values by :class:`BuildConfig` field name, only those the file gives, each checked.
+
+    Raises:
+        UsageError: no such file, not TOML, an unknown table or key, a wrong value.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as stream:
+            document = tomllib.load(stream)
+    except OSError as error:
+        raise UsageError(f"configuration file {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"configuration file {path} is not valid TOML: {error}") from error
+
+    fields = {place: name for name, place in _PLACES.items()}
+    tables = {table for table, _ in fields}
+    values: dict[str, Any] = {}
+    for table, content in document.items():
+        if not isinstance(content, dict) or table not in tables:
+            hint = (
+                "it belongs below a line [build]"
+                if ("build", table) in fields
+                else choices_text(table, tables)
+            )
+            raise UsageError(f"{path}: unknown table or top-level key {table!r}; {hint}")
+        keys = {key for t, key in fields if t == table} - {_FLAG_ONLY}
+        for key, value in content.items():
+            if table == "build" and key == _FLAG_ONLY:
+                raise UsageError(
+                    f"{path}: {_FLAG_ONLY} is not taken from a file, because it lets code from the source "
+                    "folder "
+                    "run; give it as a flag or as a BuildConfig argument"
+                )
+            if key not in keys:
+                raise UsageError(f"{path}: unknown key {key!r} in [{table}]; {choices_text(key, keys)}")
+            values[fields[table, key]] = value
+    for name, value in values.items():
+        _check_field(path, name, value)
+    return values
+
+
+def merge(file_values: Mapping[str, Any], flags: Mapping[str, Any]) -> BuildConfig:
+    """One configuration from a file's values and from flags; flags win.
+
+    A flag that is None was not given. Tolerances are merged per output.
+
+    Raises:
+        UsageError: an unknown field, or a wrong value.
+    """
+    known = [f.name for f in dataclasses.fields(BuildConfig)]
+    for name in (*file_values, *flags):
+        if name not in known:
+            raise UsageError(f"unknown build option {name!r}; {choices_text(name, known)}")
+    values = dict(file_values)
+    values.update({name: value for name, value in flags.items() if value is not None})
+    if flags.get("tolerances") and file_values.get("tolerances"):
+        _check_tolerances(flags["tolerances"])
+        values["tolerances"] = {**file_values["tolerances"], **flags["tolerances"]}
+    return BuildConfig(**values)
+
+
+def _check_field(path: Path, name: str, value: Any) -> None:
+    """Check one value of a file alone, so that the error names the file and its key."""
+    try:
+        BuildConfig(**{name: value})
+    except UsageError as error:
+        table, key = _PLACES[name]
+        detail = str(error).removeprefix(f"{name}: ").removeprefix(f"{name} ")
+        raise UsageError(f"{path}: {key} in [{table}]: {detail}") from error
+
+
+def _check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    if not isinstance(value, str):
+        raise UsageError(f"{name}: expected a text, got {value!r}; {choices_text('', choices)}")
+    if value not in tuple(choices):
+        raise UsageError(f"{name}: unknown value {value!r}; {choices_text(value, choices)}")
+
+
+def _check_int(name: str, value: object, low: int, high: int | None = None) -> None:
+    if type(value) is not int or value < low or (high is not None and value > high):
+        span = f"from {low} to {high}" if high is not None else f"of {low} or more"
+        raise UsageError(f"{name}: expected a whole number {span}, got {value!r}")
+
+
+def _check_opset(value: object) -> None:
+    choices = f"choices: {', '.join(str(o) for o in OPSETS)}"
+    if type(value) is not int:
+        raise UsageError(f"opset: expected a whole number, got {value!r}; {choices}")
+    if value in OPSETS:
+        return
+    if value in _OPSET_REASONS:
+        reason = _OPSET_REASONS[value]
+    elif value < min(OPSETS):
+        reason = f"the exported operators need opset {min(OPSETS)} or later"
+    else:
+        reason = "this version of moe-export has not been tested with it"
+    raise UsageError(f"opset: {value} is refused: {reason}; {choices}")
+
+
+def _check_tolerances(value: object) -> None:
+    if not isinstance(value, Mapping):
+        raise UsageError(f"tolerances: expected a table of output name = largest error, got {value!r}")
+    for output, bound in value.items():
+        if not isinstance(output, str) or not output:
+            raise UsageError(f"tolerances: expected an output name, got {output!r}")
+        if type(bound) not in (int, float) or not math.isfinite(bound) or bound < 0:
+            raise UsageError(f"tolerances: {output!r}: expected a finite number of 0 or more, got {bound!r}")
+
+
+def _sizes(name: str, value: object) -> tuple[int, ...]:
+    if not isinstance(value, (list, tuple)) or not value:
+        raise UsageError(f"{name}: expected a list of whole numbers, as in [1, 8], got {value!r}")
+    for item in value:
+        _check_int(name, item, 1)
+    if len(set(value)) != len(value):
+        raise UsageError(f"{name}: {list(value)!r} names a size twice")
+    return tuple(value)
+
+
+def _check_below(name: str, sizes: tuple[int, ...] | None, limit_name: str, limit: int) -> None:
+    if sizes is not None and max(sizes) > limit:
+        raise UsageError(
+            f"{name}: {max(sizes)} is above {limit_name} = {limit}, so the engine would refuse it"
+        )
