@@ -1,8 +1,8 @@
 """Compiler from PyTorch mixture-of-experts models to verified ONNX engines.
 
-``export``, ``build``, ``verify``, ``bench`` and ``load`` are what the commands of the same names call. They and the
-adapter helpers (``register_moe_block``, ``moe_block``, ``MoEBlockSpec``) are imported on first use, so that
-``import moe_export`` stays fast and needs no torch.
+``export``, ``build``, ``verify``, ``bench`` and ``load`` are what the commands of the same names call. They
+and the adapter helpers (``register_moe_block``, ``moe_block``, ``MoEBlockSpec``) are imported on first use,
+so that ``import moe_export`` stays fast and needs no torch.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class _CallablePackage(ModuleType):
 
 
 class _Package(ModuleType):
-    """This package's own class: makes the subpackages above callable when the import system binds them here."""
+    """This package's own class: makes the subpackages above callable when they are imported."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in _CALLABLE and isinstance(value, ModuleType):

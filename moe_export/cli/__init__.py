@@ -1,1 +1,1 @@
-"""cli."""
+"""The command line. The only package that knows Click; one thin file per command."""

@@ -1,0 +1,69 @@
+"""``moe-export build``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moe_export.cli.options import (
+    Assignment,
+    common_options,
+    json_option,
+    quiet_option,
+    trust_remote_code_option,
+)
+from moe_export.config import EXPERT_LOWERINGS, TARGETS, load_config_file, merge
+from moe_export.schema import DTYPES, TASKS
+
+
+@click.command("build")
+@click.argument("source")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the bundle.")
+@click.option("--target", type=click.Choice(TARGETS), help="What the engine runs on.  [default: onnxruntime]")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Number format of the engine.  [default: float32]")
+@click.option("--task", type=click.Choice(TASKS), help="What the model is for.  [default: from the model]")
+@click.option("--verify/--no-verify", default=None, help="Check parity after the build.  [default: verify]")
+@click.option("--bench/--no-bench", default=None, help="Measure speed after the build.  [default: bench]")
+@click.option("--max-batch", type=click.IntRange(1), help="Largest batch the engine accepts.")
+@click.option("--max-seq", type=click.IntRange(1), help="Largest length in tokens, cached and new.")
+@click.option("--config", "config_file", type=click.Path(path_type=Path), help="TOML file; flags win.")
+@click.option(
+    "--expert-lowering", type=click.Choice(EXPERT_LOWERINGS),
+    help="How experts are lowered: one MatMul each, a loop, or chosen per layer.  [default: auto]",
+)  # fmt: skip
+@click.option("--opset", type=int, help="ONNX opset.  [default: 20]")
+@click.option("--threads", type=click.IntRange(1), help="Threads of the engine.  [default: all cores]")
+@click.option("--seed", type=click.IntRange(0), help="Seed of every random input.  [default: 0]")
+@click.option(
+    "--tolerance", "tolerances", type=Assignment(), multiple=True, help="Largest error of an output."
+)
+@click.option("--overwrite/--no-overwrite", default=None, help="Replace a bundle there.  [default: refuse]")
+@trust_remote_code_option
+@json_option
+@quiet_option
+@common_options
+def command(
+    source: str, output: Path, config_file: Path | None, as_json: bool, quiet: bool, **flags: Any
+) -> int:
+    """Build an engine from SOURCE: export, lower, build, verify, bench. One bundle with its evidence.
+
+    SOURCE is a Hugging Face model folder, or path/file.py:function that returns a torch module.
+    """
+    from moe_export.api import build
+    from moe_export.cli.output import print_json
+    from moe_export.cli.progress import console_progress
+    from moe_export.schema import to_json
+
+    flags["max_sequence"] = flags.pop("max_seq")
+    flags["tolerances"] = dict(flags["tolerances"]) or None
+    flags["trust_remote_code"] = flags["trust_remote_code"] or None
+    config = merge(load_config_file(config_file) if config_file else {}, flags)
+    with console_progress(quiet) as progress:
+        bundle = build(source, output, config, progress=progress)
+    if as_json:
+        print_json({"path": str(bundle.path), "manifest": to_json(bundle.manifest)})
+    else:
+        click.echo(f"built {bundle.path}")
+    return 0

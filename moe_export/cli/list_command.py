@@ -1,0 +1,95 @@
+"""``moe-export list``: what the registries hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from moe_export.cli.options import common_options, json_option
+
+
+@click.group("list", context_settings={"help_option_names": ["-h", "--help"]})
+def command() -> None:
+    """List the registered families, ops or targets."""
+
+
+@command.command("families")
+@click.option("--status", type=click.Choice(("works", "limited", "refused")), help="Only these.")
+@json_option
+@common_options
+def families(status: str | None, as_json: bool) -> None:
+    """MoE model families: works, limited or refused, with the reason."""
+    from moe_export.models.families import FAMILIES
+
+    rows = [
+        {
+            "name": f.name,
+            "status": f.status,
+            "reason": f.reason,
+            "routing": f.routing,
+            "model_class": f.model_class or None,
+            "tasks": list(f.tasks),
+            "scope": f.scope,
+        }
+        for f in FAMILIES.values()
+        if status in (None, f.status)
+    ]
+    columns = ("name", "status", "routing", "reason")
+    _show(rows, columns, as_json)
+    if not as_json:
+        counts = {s: sum(r["status"] == s for r in rows) for s in ("works", "limited", "refused")}
+        click.echo("\n" + ", ".join(f"{count} {name}" for name, count in counts.items() if count))
+
+
+@command.command("ops")
+@json_option
+@common_options
+def ops(as_json: bool) -> None:
+    """Ops of the moe_export domain."""
+    from moe_export.ops import DOMAIN, OPS, VERSION
+
+    rows = [
+        {
+            "name": op.name,
+            "domain": DOMAIN,
+            "version": VERSION,
+            "inputs": [p.name for p in op.inputs],
+            "outputs": [p.name for p in op.outputs],
+            "attributes": [a.name for a in op.attributes],
+            "summary": " ".join(op.summary.split()),
+        }
+        for op in OPS.values()
+    ]
+    _show(rows, ("name", "inputs", "outputs", "summary"), as_json)
+
+
+@command.command("targets")
+@json_option
+@common_options
+def targets(as_json: bool) -> None:
+    """Targets an engine can be built for."""
+    from moe_export.inspect.environment import target_statuses
+
+    rows = [
+        {"name": t.name, "available": t.available, "lacks": list(t.lacks), "description": t.description}
+        for t in target_statuses()
+    ]
+    _show(rows, ("name", "available", "description"), as_json)
+
+
+def _show(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> None:
+    from moe_export.cli.output import print_json, table
+
+    if as_json:
+        print_json(rows)
+    else:
+        click.echo(table(columns, [[_cell(row[c]) for c in columns] for row in rows]))
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)

@@ -1,0 +1,98 @@
+"""Options and parameter types that several commands share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+
+class Assignment(click.ParamType[tuple[str, float]]):
+    """``NAME=VALUE`` with a number for VALUE: the value is ``(name, number)``."""
+
+    name = "NAME=VALUE"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, float]:
+        if isinstance(value, tuple):
+            return value
+        name, equals, text = str(value).partition("=")
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not name.strip() or not equals or not math.isfinite(number) or number < 0:
+            self.fail(
+                f"{value!r} is not NAME=VALUE with a number of 0 or more, as in logits=1e-4", param, ctx
+            )
+        return name.strip(), number
+
+
+class IntList(click.ParamType[tuple[int, ...]]):
+    """Whole numbers of at least 1 with commas between: ``1,4,16``. The value is a tuple of ints."""
+
+    name = "N,N,..."
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            numbers = ()
+        if not numbers or min(numbers) < 1:
+            self.fail(f"{value!r} is not a list of whole numbers of at least 1, as in 1,4", param, ctx)
+        return numbers
+
+
+class WordList(click.ParamType[tuple[str, ...]]):
+    """Words with commas between, each one of ``choices`` if given. The value is a tuple of strings."""
+
+    name = "WORD,WORD,..."
+
+    def __init__(self, choices: tuple[str, ...] = ()) -> None:
+        self.choices = choices
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        words = tuple(word.strip() for word in str(value).split(",") if word.strip())
+        for word in words:
+            if self.choices and word not in self.choices:
+                self.fail(f"{word!r} is not one of {', '.join(self.choices)}", param, ctx)
+        if not words:
+            self.fail("an empty list", param, ctx)
+        return words
+
+
+def common_options(function: Decorated) -> Decorated:
+    """``--debug``, accepted after the command's name as well as before it."""
+    return click.option("--debug", is_flag=True, expose_value=False, help="Print a traceback with an error.")(
+        function
+    )
+
+
+def json_option(function: Decorated) -> Decorated:
+    """``--json``: the result as JSON on stdout."""
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(function)
+
+
+def quiet_option(function: Decorated) -> Decorated:
+    """``--quiet``: no progress on stderr."""
+    return click.option("-q", "--quiet", is_flag=True, help="Show no progress.")(function)
+
+
+def trust_remote_code_option(function: Decorated) -> Decorated:
+    """``--trust-remote-code``: run Python code that lies in the source folder."""
+    return click.option("--trust-remote-code", is_flag=True, help="Run model code that lies in SOURCE.")(
+        function
+    )

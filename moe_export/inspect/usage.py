@@ -1,0 +1,152 @@
+"""How often each expert is chosen, from runs of an engine or of a source model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_export.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+    from moe_export.trace import LayerTrace
+
+PLOT_FORMATS = (".png", ".svg")
+
+
+@dataclass(frozen=True)
+class LayerUsage:
+    """Choices of one MoE layer: ``counts`` int64 [E] of assignments, ``dropped`` those no expert took.
+
+    ``weights`` float64 [E] is the sum of routing weights per expert.
+    """
+
+    index: int
+    name: str
+    counts: NDArray[np.int64]
+    weights: NDArray[np.float64]
+    dropped: int
+
+    @property
+    def entropy(self) -> float:
+        """Entropy of the choices over log E: 1 = all experts equally often, 0 = always the same one."""
+        import numpy as np
+
+        total = int(self.counts.sum())
+        if total == 0 or len(self.counts) == 1:
+            return 0.0
+        share = self.counts[self.counts > 0] / total
+        return float(-(share * np.log(share)).sum() / np.log(len(self.counts)))
+
+    @property
+    def max_over_mean(self) -> float:
+        """Load of the busiest expert over the mean load: 1 = balanced, E = all on one."""
+        total = int(self.counts.sum())
+        return float(self.counts.max() * len(self.counts) / total) if total else 0.0
+
+    @property
+    def unused(self) -> int:
+        """Experts that were never chosen."""
+        return int((self.counts == 0).sum())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "index": self.index,
+            "name": self.name,
+            "num_experts": len(self.counts),
+            "counts": [int(c) for c in self.counts],
+            "mean_weight": [
+                float(w / c) if c else None for w, c in zip(self.weights, self.counts, strict=True)
+            ],
+            "dropped": self.dropped,
+            "entropy": self.entropy,
+            "max_over_mean": self.max_over_mean,
+            "unused": self.unused,
+        }
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Expert usage over some tokens."""
+
+    tokens: int
+    layers: tuple[LayerUsage, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"tokens": self.tokens, "layers": [layer.to_dict() for layer in self.layers]}
+
+
+def count_usage(runs: Iterable[tuple[LayerTrace, ...]], num_experts: tuple[int, ...]) -> Usage:
+    """Add up the choices of several runs.
+
+    ``runs``: per run its layer traces without padding tokens. ``num_experts``: E per layer, in order.
+
+    Raises:
+        InputError: no run, a run with another number of layers, or an expert id outside a layer's range.
+    """
+    import numpy as np
+
+    counts = [np.zeros(e, np.int64) for e in num_experts]
+    weights = [np.zeros(e, np.float64) for e in num_experts]
+    dropped = [0] * len(num_experts)
+    names: list[tuple[int, str]] = []
+    tokens = 0
+    for layers in runs:
+        if len(layers) != len(num_experts):
+            raise InputError(f"a run traced {len(layers)} MoE layers, expected {len(num_experts)}")
+        names = names or [(layer.index, layer.name) for layer in layers]
+        tokens += layers[0].expert_ids.shape[0] if layers else 0
+        for i, layer in enumerate(layers):
+            ids = layer.expert_ids.reshape(-1)
+            taken = ids >= 0
+            if ids.size and (ids.min() < -1 or ids.max() >= num_experts[i]):
+                span = f"from {ids.min()} to {ids.max()}"
+                raise InputError(f"{layer.name}: expert ids {span} with {num_experts[i]} experts")
+            counts[i] += np.bincount(ids[taken], minlength=num_experts[i])
+            weights[i] += np.bincount(
+                ids[taken], weights=layer.weights.reshape(-1)[taken], minlength=num_experts[i]
+            )
+            dropped[i] += int((~taken).sum())
+    if not names:
+        raise InputError("no MoE layer was traced: the text is empty, or the model has no experts")
+    layers_usage = zip(names, counts, weights, dropped, strict=True)
+    return Usage(tokens, tuple(LayerUsage(*name, c, w, d) for name, c, w, d in layers_usage))
+
+
+def plot_usage(usage: Usage, path: str | Path) -> None:
+    """Draw a heatmap, layers × experts, of each expert's share of its layer's choices.
+
+    Raises:
+        UsageError: ``path`` is neither .png nor .svg.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in PLOT_FORMATS:
+        raise UsageError(f"{path}: the plot's format is told by its ending, one of {', '.join(PLOT_FORMATS)}")
+    _figure(usage).savefig(path, dpi=150)
+
+
+def _figure(usage: Usage) -> Figure:
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    widest = max(len(layer.counts) for layer in usage.layers)
+    shares = np.full((len(usage.layers), widest), np.nan)
+    for row, layer in enumerate(usage.layers):
+        shares[row, : len(layer.counts)] = layer.counts / max(int(layer.counts.sum()), 1)
+    size = (min(4 + 0.25 * widest, 24), min(1.8 + 0.3 * len(usage.layers), 24))
+    figure = Figure(figsize=size, layout="constrained")  # drawn without pyplot, so without any display
+    axes = figure.subplots()
+    image = axes.imshow(shares, aspect="auto", cmap="viridis", vmin=0.0, interpolation="nearest")
+    figure.colorbar(image, ax=axes, label="share of the layer's choices")
+    axes.set_xlabel("expert")
+    axes.set_ylabel("MoE layer")
+    axes.set_yticks(range(len(usage.layers)), [str(layer.index) for layer in usage.layers])
+    axes.set_title(f"expert usage over {usage.tokens} tokens")
+    return figure
