@@ -47,20 +47,20 @@ def experts_forward(
     from ..ops.torch_ops import torch_ops
 
     ops = torch_ops()
-    num_experts, top_k = up.shape[0], expert_ids.shape[1]
+    take = torch.nn.functional.embedding  # becomes one Gather
+    num_experts = up.shape[0]
     ids = expert_ids.to(torch.int32)
-    order, offsets = ops.dispatch(ids, num_experts, layer)
-    rows = hidden[torch.div(order, top_k, rounding_mode="trunc")]
-    owner = None
+    order, offsets, tokens = ops.dispatch(ids, num_experts, layer)
+    rows = take(tokens, hidden)
+    inner = ops.grouped_matmul(rows, up, offsets, transposed)
     if up_bias is not None or down_bias is not None:
         owner = ids.reshape(-1)[order].clamp(0, num_experts - 1)
-    inner = ops.grouped_matmul(rows, up, offsets, transposed)
     if up_bias is not None:
-        inner = inner + up_bias[owner]
+        inner = inner + take(owner, up_bias)
     inner = activate(inner)
     out = ops.grouped_matmul(inner, down, offsets, transposed)
     if down_bias is not None:
-        out = out + down_bias[owner]
+        out = out + take(owner, down_bias)
     if after_down is not None:
         out = after_down(out)
     return ops.combine(out, order, weights.to(torch.float32)).to(hidden.dtype)

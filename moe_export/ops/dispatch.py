@@ -12,11 +12,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def reference(expert_ids: NDArray[np.int32], num_experts: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def reference(
+    expert_ids: NDArray[np.int32], num_experts: int, layer: str = ""
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Stable counting sort of ``expert_ids`` [T, K] read row by row.
 
-    Returns ``order`` int64 [M] (positions in the flattened ids, sorted by expert, then by token) and ``offsets`` int64
-    [E+1]: expert *e* owns ``order[offsets[e]:offsets[e+1]]``. Negative ids (dropped) come before ``offsets[0]``, ids
+    Returns ``order`` int64 [M] (positions in the flattened ids, sorted by expert, then by token), ``offsets`` int64
+    [E+1]: expert *e* owns ``order[offsets[e]:offsets[e+1]]``, and ``tokens`` int64 [M], the token of each assignment
+    (``order // K``). Negative ids (dropped) come before ``offsets[0]``, ids
     of E and more (experts of another rank) after ``offsets[E]``.
     """
     import numpy as np
@@ -25,7 +28,7 @@ def reference(expert_ids: NDArray[np.int32], num_experts: int) -> tuple[NDArray[
     clipped = np.clip(flat, -1, num_experts)
     order = np.argsort(clipped, kind="stable").astype(np.int64)
     offsets = np.searchsorted(clipped[order], np.arange(num_experts + 1), side="left").astype(np.int64)
-    return order, offsets
+    return order, offsets, order // max(np.asarray(expert_ids).shape[1], 1)
 
 
 def body(_attributes: Mapping[str, Any], _opset: int) -> str:
@@ -55,6 +58,8 @@ def body(_attributes: Mapping[str, Any], _opset: int) -> str:
     before_64 = Cast <to = 7> (before)
     one_1d = Constant <value_ints = [1]> ()
     offsets = ReduceSum <keepdims = 0> (before_64, one_1d)
+    top_k = Shape <start = 1, end = 2> (expert_ids)
+    tokens = Div (order, top_k)
     """
 
 
@@ -65,6 +70,7 @@ DISPATCH = OpContract(
     outputs=(
         Param("order", ("M",), ("int64",), "positions in the flattened expert_ids, sorted by expert, then by token"),
         Param("offsets", ("E+1",), ("int64",), "expert e owns order[offsets[e]:offsets[e+1]]"),
+        Param("tokens", ("M",), ("int64",), "token of each sorted assignment: order // K"),
     ),
     attributes=(
         Attribute("num_experts", int, "number of experts E"),

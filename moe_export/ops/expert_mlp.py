@@ -75,9 +75,8 @@ def reference(
     """The chain Dispatch → GroupedMatMul → activation → GroupedMatMul → Combine in float64: [T, H]."""
     import numpy as np
 
-    order, offsets = dispatch.reference(expert_ids, num_experts)
-    top_k = max(expert_ids.shape[1], 1)
-    rows = np.asarray(hidden, np.float64)[order // top_k]
+    order, offsets, tokens = dispatch.reference(expert_ids, num_experts)
+    rows = np.asarray(hidden, np.float64)[tokens]
     owner = np.clip(np.asarray(expert_ids).reshape(-1)[order], 0, num_experts - 1)
     inner = grouped_matmul.reference(rows, up, offsets, transposed)
     if up_bias is not None:
@@ -167,11 +166,9 @@ def body(attributes: Mapping[str, Any], _opset: int) -> str:
         inner_in, outer_in = "inner_b", "outer_b"
     t = attributes["transposed"]
     return f"""
-    order, offsets = moe_export.Dispatch <num_experts : int = @num_experts, layer : string = @layer> (expert_ids)
-    top_k = Shape <start = 1, end = 2> (expert_ids)
-    token = Div (order, top_k)
+    order, offsets, tokens = moe_export.Dispatch <num_experts : int = @num_experts, layer : string = @layer> (expert_ids)
     hidden_f32 = Cast <to = 1> (hidden)
-    rows = Gather <axis = 0> (hidden_f32, token)
+    rows = Gather <axis = 0> (hidden_f32, tokens)
     last_1d = Constant <value_ints = [-1]> ()
     flat_ids = Reshape (expert_ids, last_1d)
     owner_raw = Gather <axis = 0> (flat_ids, order)

@@ -1,0 +1,217 @@
+"""From a traced graph plan to an onnx_ir model: torch.export, proof that dynamic dimensions stayed dynamic, ONNX."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import ExportError
+from ..ops import DOMAIN, OPS, VERSION
+from ..ops.torch_ops import translation_table
+from ..schema import ModelIO
+from .graphs import TracedGraph
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+OPSETS = (20, 21, 22, 24)
+"""ONNX opsets that ONNX Runtime runs correctly. 23 is refused: its RotaryEmbedding breaks there."""
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    names = ("torch.onnx", "torch.export", "onnxscript", "transformers", "torch.fx", "torch._dynamo")
+    before = [(logging.getLogger(n), logging.getLogger(n).level) for n in names]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger, _ in before:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in before:
+                logger.setLevel(level)
+
+
+@contextmanager
+def library_patches() -> Iterator[None]:
+    """transformers' own reversible patches that make its models traceable (masks, RoPE, caches), if it is installed."""
+    try:
+        from transformers.exporters.utils import apply_patches
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("transformers"):
+            raise
+        yield
+        return
+    import transformers.exporters.exporter_onnx  # noqa: F401  (registers the patches)
+
+    with ExitStack() as stack:
+        stack.enter_context(apply_patches("dynamo"))
+        stack.enter_context(apply_patches("onnx"))
+        yield
+
+
+def _library_table() -> dict[Any, Any]:
+    try:
+        from transformers.exporters.exporter_onnx import _ONNX_TRANSLATION_TABLE
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("transformers"):
+            raise
+        return {}
+    return dict(_ONNX_TRANSLATION_TABLE)
+
+
+def _check_dynamic(program: torch.export.ExportedProgram, plan: TracedGraph) -> None:
+    """Every symbolic dimension of the plan must still be symbolic, equal names equal, different names different."""
+    placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    user = [placeholders[name] for name in program.graph_signature.user_inputs if isinstance(name, str)]
+    seen: dict[str, tuple[str, str]] = {}
+    for spec, node in zip(plan.io.inputs, user, strict=True):
+        for axis, wanted in enumerate(spec.shape):
+            actual = node.meta["val"].shape[axis]
+            where = f"{spec.name}, axis {axis} ({wanted!r})"
+            if isinstance(wanted, int):
+                continue
+            if isinstance(actual, int):
+                raise ExportError(
+                    f"{where} was frozen to the sample's size {actual} while tracing: the exported graph would be wrong "
+                    "at any other size. The model's code branches on this size or reads it as a Python number; export "
+                    "it with this dimension fixed, or register a patch for the family (docs/add-a-family.md)"
+                )
+            name = str(actual)
+            if wanted in seen and seen[wanted][0] != name and wanted != "total":
+                raise ExportError(f"{where}: expected the same size as {seen[wanted][1]}, traced as {name}")
+            for other, (other_name, other_where) in seen.items():
+                if other != wanted and other_name == name:
+                    raise ExportError(f"{where} was tied to {other_where} while tracing; the model needs them equal")
+            seen.setdefault(wanted, (name, where))
+
+
+def trace(plan: TracedGraph, opset: int) -> ir.Model:
+    """Trace, check, and translate to ONNX with our ops as nodes and their bodies as functions.
+
+    Raises:
+        ExportError: the model cannot be traced, or a dynamic dimension was frozen.
+    """
+    if opset not in OPSETS:
+        reason = " (its RotaryEmbedding gives wrong results in ONNX Runtime)" if opset == 23 else ""
+        raise ExportError(f"opset {opset} is not supported{reason}; choose one of {', '.join(map(str, OPSETS))}")
+    from transformers.exporters.utils import apply_fx_node_fixes
+
+    shapes = _dynamic_shapes(plan.io)
+    names = [spec.name for spec in plan.io.inputs]
+    with _quiet(), torch.no_grad(), library_patches():
+        dynamic = (*shapes[:2], tuple(shapes[2:])) if _has_rest(plan) else (tuple(shapes),)
+        try:
+            program = torch.export.export(plan.module, plan.sample, dynamic_shapes=dynamic, strict=False)
+        except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, AssertionError) as error:
+            # torch.export wraps whatever the model's own code raises while it is traced.
+            raise ExportError(
+                f"{type(plan.module).__name__}: torch.export cannot trace the model: {_first_line(error)}"
+            ) from error
+        _check_dynamic(program, plan)
+        apply_fx_node_fixes("onnx", program.graph_module)
+        try:
+            exported = torch.onnx.export(
+                program,
+                args=(),
+                input_names=names,
+                output_names=[spec.name for spec in plan.io.outputs],
+                custom_translation_table={**_library_table(), **translation_table()},
+                opset_version=opset,
+                optimize=True,
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise ExportError(f"the traced model has no ONNX form: {_first_line(error)}") from error
+        assert exported is not None
+        from transformers.exporters.exporter_onnx import apply_onnx_ir_fixes
+
+        apply_onnx_ir_fixes(exported)
+    model = exported.model
+    _name_io(model, plan.io)
+    attach_functions(model, opset)
+    return model
+
+
+def _dynamic_shapes(io: ModelIO) -> tuple[dict[int, Any] | None, ...]:
+    dims: dict[str, Any] = {"total": torch.export.Dim.AUTO}  # past + sequence: no Dim expresses a sum of two
+    for spec in io.inputs:
+        for d in spec.shape:
+            if isinstance(d, str) and d not in dims:
+                dims[d] = torch.export.Dim(d.replace(".", "_"))
+    return tuple({a: dims[d] for a, d in enumerate(spec.shape) if isinstance(d, str)} or None for spec in io.inputs)
+
+
+def _has_rest(plan: TracedGraph) -> bool:
+    import inspect
+
+    return len(inspect.signature(plan.module.forward).parameters) == 3
+
+
+def _first_line(error: BaseException) -> str:
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[0] if lines else ''}"[:500]
+
+
+def _name_io(model: ir.Model, io: ModelIO) -> None:
+    import onnx_ir as ir
+
+    for value, spec in zip(model.graph.inputs, io.inputs, strict=True):
+        value.name = spec.name
+        value.shape = ir.Shape(spec.shape)
+    for index, (value, spec) in enumerate(zip(list(model.graph.outputs), io.outputs, strict=True)):
+        if value.is_graph_input() or value.is_initializer() or value in list(model.graph.outputs)[:index]:
+            node = ir.node("Identity", [value])
+            node.outputs[0].type = value.type
+            model.graph.append(node)
+            model.graph.outputs[index] = value = node.outputs[0]
+        value.name = spec.name
+        value.shape = ir.Shape(spec.shape)
+
+
+def attach_functions(model: ir.Model, opset: int) -> None:
+    """Put the body of every op that the graph uses into the model's functions.
+
+    Raises:
+        ExportError: two nodes of one op differ in a structural attribute (one body cannot serve both).
+    """
+    import onnx_ir as ir
+
+    needed: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def need(name: str, attributes: dict[str, Any]) -> None:
+        full = OPS[name].complete(attributes)
+        variant = OPS[name].variant(full)
+        if name in needed and needed[name][0] != variant:
+            raise ExportError(f"two {name} nodes need different bodies: {needed[name][0]} and {variant}")
+        needed.setdefault(name, (variant, full))
+
+    for node in model.graph.all_nodes():
+        if node.domain == DOMAIN:
+            attributes = {k: a.value for k, a in node.attributes.items()}
+            full = OPS[node.op_type].complete(attributes)
+            for key, value in full.items():
+                if key not in node.attributes:
+                    node.attributes[key] = ir.convenience.convert_attribute(key, value)
+            need(node.op_type, full)
+            if node.op_type == "ExpertMLP":
+                need("Dispatch", {"num_experts": full["num_experts"]})
+                need("GroupedMatMul", {"transposed": full["transposed"]})
+                need("Combine", {})
+    for key in [k for k in model.functions if k[0] == DOMAIN]:
+        del model.functions[key]
+    for name in ("Dispatch", "GroupedMatMul", "Combine", "Router", "ExpertMLP"):
+        if name in needed:
+            function = ir.from_proto(OPS[name].function(needed[name][1], opset))
+            model.functions[function.identifier()] = function
+    if needed:
+        model.graph.opset_imports[DOMAIN] = VERSION

@@ -1,0 +1,169 @@
+"""The source model as the yardstick: its own eager code in float32, watched, not changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..schema import Manifest
+from ..trace import LayerTrace, TracedRun
+from .adapters import MoEBlockSpec, spec_of
+from .experts import LAYER_ATTRIBUTE, is_experts_module
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from ..importer.sources import LoadedSource
+
+WATCH_NAME = "moe_export_watch"
+
+
+class _Recorder:
+    def __init__(self) -> None:
+        self.layers: list[LayerTrace] = []
+
+    def add(
+        self, name: str, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, output: torch.Tensor
+    ) -> None:
+        import torch
+
+        def numpy(t: torch.Tensor, dtype: torch.dtype) -> Any:
+            return t.detach().to(dtype).cpu().numpy().copy()
+
+        top_k = ids.shape[-1]
+        self.layers.append(LayerTrace(
+            index=len(self.layers), name=name,
+            expert_ids=numpy(ids.reshape(-1, top_k), torch.int32),
+            weights=numpy(weights.reshape(-1, top_k), torch.float32),
+            hidden=numpy(hidden.reshape(-1, hidden.shape[-1]), torch.float32),
+            output=numpy(output.reshape(-1, output.shape[-1]), torch.float32),
+        ))
+
+
+def _watch_experts(recorder: _Recorder) -> Callable[..., torch.Tensor]:
+    def watch(self: Any, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> torch.Tensor:
+        original = type(self).forward.__wrapped__
+        output: torch.Tensor = original(self, hidden_states, top_k_index, top_k_weights)
+        recorder.add(getattr(self, LAYER_ATTRIBUTE, ""), hidden_states, top_k_index, top_k_weights, output)
+        return output
+
+    return watch
+
+
+def _run_experts(block: nn.Module, spec: MoEBlockSpec, hidden: torch.Tensor, weights: torch.Tensor,
+                 ids: torch.Tensor) -> torch.Tensor:
+    """Sum over each token's experts, by the block's own expert modules, one expert at a time."""
+    import torch
+
+    out = torch.zeros_like(hidden)
+    for number, expert in enumerate(spec.expert_list(block)):
+        token, k = torch.where(ids == number)
+        if len(token):
+            out.index_add_(0, token, expert(hidden[token]) * weights[token, k, None].to(hidden.dtype))
+    return out
+
+
+@contextmanager
+def watching(model: nn.Module) -> Iterator[_Recorder]:
+    """Inside, every MoE layer of ``model`` records what it routes and computes; the model's own code runs."""
+    import torch
+
+    recorder = _Recorder()
+    handles = []
+    has_library_experts = False
+    for name, module in model.named_modules():
+        if is_experts_module(module):
+            setattr(module, LAYER_ATTRIBUTE, name)
+            has_library_experts = True
+        spec = spec_of(module)
+        if spec is not None:
+
+            def record(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _out: Any, *,
+                       spec: MoEBlockSpec = spec, name: str = name) -> None:
+                hidden = args[0] if args else next(iter(kwargs.values()))
+                with torch.no_grad():
+                    flat = hidden.reshape(-1, hidden.shape[-1])
+                    weights, ids = spec.route(block, flat if spec.flatten else hidden)
+                    recorder.add(name, flat, ids, weights, _run_experts(block, spec, flat, weights, ids))
+
+            handles.append(module.register_forward_hook(record, with_kwargs=True))
+    before = None
+    if has_library_experts:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+        ALL_EXPERTS_FUNCTIONS.register(WATCH_NAME, _watch_experts(recorder))
+        before = model.get_experts_implementation()  # type: ignore[operator]
+        model.set_experts_implementation(WATCH_NAME)  # type: ignore[operator]
+    try:
+        yield recorder
+    finally:
+        for handle in handles:
+            handle.remove()
+        if has_library_experts:
+            model.set_experts_implementation(before)  # type: ignore[operator]
+
+
+class ReferenceModel:
+    """A loaded source model behind :class:`moe_export.trace.Reference`."""
+
+    def __init__(self, source: LoadedSource) -> None:
+        self.source = source
+
+    def run(self, inputs: dict[str, NDArray[np.generic]]) -> TracedRun:
+        """One full forward in float32 with the model's own code; see :class:`moe_export.trace.Reference`."""
+        import torch
+
+        tensors = {name: torch.from_numpy(value.copy()) for name, value in inputs.items()}
+        model = self.source.module
+        with torch.no_grad(), watching(model) as recorder:
+            if self.source.kind == "huggingface":
+                outputs = self._run_library(model, tensors)
+            else:
+                outputs = named_outputs(model(**tensors))
+        numbers = {name: t.detach().float().cpu().numpy() if t.is_floating_point() else t.cpu().numpy()
+                   for name, t in outputs.items()}
+        return TracedRun(outputs=numbers, layers=tuple(recorder.layers))
+
+    def _run_library(self, model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        from ..importer.graphs import forward_parameters
+
+        parameters = forward_parameters(model)
+        if "position_ids" in parameters and "position_ids" not in tensors and "decoder_input_ids" not in tensors:
+            tensors["position_ids"] = positions_from_mask(tensors["attention_mask"])
+        extra: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
+        result = model(**{k: v for k, v in tensors.items() if k in parameters}, **extra)
+        name = "logits" if self.source.task == "text-generation" else "last_hidden_state"
+        return {name: result[name]}
+
+
+def positions_from_mask(mask: torch.Tensor) -> torch.Tensor:
+    """Position of each token among the unmasked ones of its row; 0 at padding. [batch, sequence] int64."""
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return positions * mask
+
+
+def named_outputs(result: Any) -> dict[str, torch.Tensor]:
+    """Outputs of a user's module by the names its engine has."""
+    import torch
+
+    if isinstance(result, torch.Tensor):
+        return {"output": result}
+    if isinstance(result, dict):
+        return dict(result)
+    return {f"output_{i}": t for i, t in enumerate(result)}
+
+
+def load_reference(path: str | Path, manifest: Manifest) -> ReferenceModel:
+    """Load the source a bundle was built from (or another one to compare with) as the reference.
+
+    Raises:
+        SourceError: the source cannot be read or is of another kind than the bundle's.
+    """
+    from ..importer.sources import load_source
+
+    return ReferenceModel(load_source(str(path), task=manifest.task))
