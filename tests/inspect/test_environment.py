@@ -1,0 +1,45 @@
+"""What doctor reports."""
+
+from __future__ import annotations
+
+import json
+
+from moe_export.inspect import environment
+from moe_export.inspect.environment import Package, examine, target_statuses
+
+
+def test_this_machine() -> None:
+    found = examine()
+    packages = {p.name: p for p in found.packages}
+    assert packages["torch"].usable
+    assert all(t.available and not t.lacks for t in found.targets)
+    assert found.cpu["usable_cores"] >= 1
+    assert 0 < found.memory["available"] <= found.memory["total"]
+    assert "CPUExecutionProvider" in found.execution_providers
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_target_names_agree_with_the_configuration() -> None:
+    from moe_export.config import TARGETS
+
+    assert tuple(t.name for t in target_statuses()) == TARGETS
+
+
+def test_missing_and_broken_packages_are_told_apart() -> None:
+    missing = environment._Known("no_such_module", ("no-such-distribution",), "nothing", "pip install it")
+    assert environment._package(missing, try_import=True) == Package(
+        "no-such-distribution", None, "nothing", "pip install it"
+    )
+    broken = environment._Known("no_such_module", ("numpy",), "nothing", "pip install it")
+    package = environment._package(broken, try_import=True)
+    assert package.version is not None
+    assert not package.usable
+    assert "importing it fails" in package.problem
+
+
+def test_a_target_says_what_it_lacks_and_how_to_get_it() -> None:
+    packages = {known.module: environment._package(known, try_import=False) for known in environment._PACKAGES}
+    packages["torch"] = Package("torch", None, "", "pip install torch")
+    target = environment._target("onnxruntime", packages)
+    assert not target.available
+    assert target.lacks == ("torch (not installed): pip install torch",)
