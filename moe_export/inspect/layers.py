@@ -4,6 +4,7 @@ Routed experts are one of
 
 * a module with an expert count (``num_experts``) and weights whose first dimension it is (transformers'
   experts classes: 3-D ``gate_up_proj`` and ``down_proj``), or embedding tables with one row per expert,
+* what a registered adapter (``register_moe_block``) says they are,
 * a list of alike modules, one per expert, under a name with "expert" in it,
 * a module under such a name with an expert count and weights that split evenly (all experts in one matrix).
 
@@ -57,6 +58,9 @@ class _Found:
     name: str
     module: torch.nn.Module
     count: int
+    top_k: int | None = None
+    is_block: bool = False
+    """Whether the name is the block's own, whatever it is called."""
 
     @property
     def last(self) -> str:
@@ -80,13 +84,21 @@ def find_expert_blocks(model: torch.nn.Module, config: Any = None) -> tuple[Expe
     groups: dict[str, list[_Found]] = {}
     for part in found:
         # A layer may keep its experts' matrices in several modules: one block, called as their parent.
-        groups.setdefault(part.name if "expert" in part.last else part.parent, []).append(part)
+        own = part.is_block or "expert" in part.last
+        groups.setdefault(part.name if own else part.parent, []).append(part)
     return tuple(_describe(model, name, parts, config) for name, parts in groups.items())
 
 
 def _experts_at(name: str, module: torch.nn.Module) -> list[_Found]:
     import torch
 
+    from moe_export.models.adapters import spec_of
+
+    if (spec := spec_of(module)) is not None:
+        path = f"{name}.{spec.experts}" if name else spec.experts
+        top_k = getattr(module, spec.top_k, None) if isinstance(spec.top_k, str) else spec.top_k
+        experts = spec.expert_list(module)
+        return [_Found(path, module.get_submodule(spec.experts), len(experts), top_k, is_block=True)]
     last = name.rpartition(".")[2].lower()
     if any(word in last for word in ("shared", "router", "gate")):
         return []
@@ -136,7 +148,7 @@ def _describe(model: torch.nn.Module, name: str, parts: list[_Found], config: An
         name=name,
         num_experts=first.count,
         choices=choices,
-        top_k=_top_k(first.module, parent, routers, configs),
+        top_k=first.top_k or _top_k(first.module, parent, routers, configs),
         hidden_size=hidden,
         intermediate_size=intermediate,
         shared_experts=_shared_experts(parent, configs),

@@ -201,10 +201,9 @@ def meta_model(config: Any, trust_remote_code: bool = False) -> torch.nn.Module:
 
 
 def _inspect_function(source: str) -> ModelSummary:
-    from moe_export.importer import load_source
+    from moe_export.importer.sources import load_source
 
-    loaded = load_source(source)
-    return inspect_model(loaded.model, kind="module", path=source)
+    return inspect_model(load_source(source).module, kind="module", path=source)
 
 
 def inspect_bundle(path: str | Path) -> ModelSummary:

@@ -106,6 +106,28 @@ def test_own_module_list() -> None:
     assert count.active_without_embeddings == count.active
 
 
+def test_registered_block_tells_where_its_experts_are() -> None:
+    from moe_export.models.adapters import ADAPTERS, MoEBlockSpec, register_moe_block
+
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.chosen = 3
+            self.towers = torch.nn.ModuleList(_Expert(8, 16) for _ in range(5))
+
+    def route(block: torch.nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        raise AssertionError("inspecting runs nothing")
+
+    model = torch.nn.Sequential(Block())
+    assert find_expert_blocks(model) == ()
+    register_moe_block(Block, MoEBlockSpec("towers", route, up_proj="0", down_proj="2", top_k="chosen"))
+    try:
+        (block,) = find_expert_blocks(model)
+    finally:
+        del ADAPTERS[Block]
+    assert (block.name, block.num_experts, block.top_k, block.intermediate_size) == ("0.towers", 5, 3, 16)
+
+
 def test_unknown_top_k_is_said_not_guessed() -> None:
     summary = inspect_model(torch.nn.Sequential(_OwnBlock(6, None)))
     assert summary.parameters["total"] is not None
