@@ -1,0 +1,141 @@
+"""How far an engine may be from its source, per level and dtype, and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from ..errors import UsageError, choices_text
+from ..schema import DTYPES
+
+LEVELS: dict[str, str] = {
+    "moe.output": "largest error of a layer's input, router logits or output, relative to that token",
+    "moe.output.rms": "root mean square over tokens of the error that moe.output bounds",
+    "moe.weights": "largest error of a routing weight, by expert, relative to the token's largest weight",
+    "moe.weights.rms": "root mean square over tokens of the error that moe.weights bounds",
+    "moe.routing": "part of tokens whose expert set may differ without a proven near tie",
+    "moe.near_tie": "error of router logits that the dtype explains, relative to the token's largest logit",
+    "logits.kl": "mean KL(reference || engine) per position, in nats",
+    "logits.top1": "part of positions whose first choice may differ although the reference is not undecided",
+    "logits.cross_entropy": "change of cross-entropy on text, in nats per token, up or down",
+}
+"""Every level besides the outputs and what its number means."""
+
+_OUTPUT = "largest error of an element, relative to max(1, |reference| max)"
+_OUTPUT_RMS = "root mean square error, relative to max(1, |reference| max)"
+
+_FLOAT32 = "float32 against float64 is itself off by 2e-6 to 4e-6; other summation orders double that"
+_FLOAT16 = "one rounding to float16 (2^-11) per operation, added up over the layers"
+_BFLOAT16 = (
+    "one rounding of weights or activations to bfloat16 (2^-8) per operation, added up over the layers"
+)
+_WHY = {"float32": _FLOAT32, "float16": _FLOAT16, "bfloat16": _BFLOAT16}
+_EXACT = "float32 routes like its source except where a tie is proven"
+_FLIPS = "a token between two experts may go either way after rounding; more than this is not rounding"
+
+_DEFAULTS: dict[str, dict[str, float]] = {
+    "float32": {
+        "output": 1e-5,
+        "output.rms": 3e-6,
+        "moe.output": 1e-4,
+        "moe.output.rms": 2e-5,
+        "moe.weights": 1e-4,
+        "moe.weights.rms": 2e-5,
+        "moe.routing": 0.0,
+        "moe.near_tie": 1e-5,
+        "logits.kl": 1e-6,
+        "logits.top1": 0.0,
+        "logits.cross_entropy": 1e-5,
+    },
+    "float16": {
+        "output": 1e-2,
+        "output.rms": 2e-3,
+        "moe.output": 3e-2,
+        "moe.output.rms": 6e-3,
+        "moe.weights": 5e-2,
+        "moe.weights.rms": 1e-2,
+        "moe.routing": 0.005,
+        "moe.near_tie": 1e-2,
+        "logits.kl": 1e-3,
+        "logits.top1": 0.01,
+        "logits.cross_entropy": 2e-3,
+    },
+    "bfloat16": {
+        "output": 8e-2,
+        "output.rms": 1.6e-2,
+        "moe.output": 2e-1,
+        "moe.output.rms": 4e-2,
+        "moe.weights": 3e-1,
+        "moe.weights.rms": 6e-2,
+        "moe.routing": 0.02,
+        "moe.near_tie": 6e-2,
+        "logits.kl": 2e-2,
+        "logits.top1": 0.03,
+        "logits.cross_entropy": 1e-2,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The bound of one level: ``value``, what it ``measures``, why it is that large (``reason``)."""
+
+    name: str
+    value: float
+    measures: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """All limits of one verification, by name."""
+
+    dtype: str
+    limits: Mapping[str, Limit]
+
+    def __getitem__(self, name: str) -> Limit:
+        return self.limits[name]
+
+    @property
+    def exact_routing(self) -> bool:
+        """Whether a free run is expected to follow the reference's routing, so that its values can be
+        judged."""
+        return self.dtype == "float32"
+
+
+def default_tolerances(
+    dtype: str, outputs: Iterable[str], overrides: Mapping[str, float] | None = None
+) -> Tolerances:
+    """Limits for an engine of ``dtype`` with these output names; ``overrides`` replaces single values.
+
+    Names: an output (``logits``), ``<output>.rms``, or a level of :data:`LEVELS`.
+
+    Raises:
+        UsageError: unknown name, unknown dtype, or a value that is not a finite number of 0 or more.
+    """
+    if dtype not in _DEFAULTS:
+        raise UsageError(f"no tolerances for dtype {dtype!r}; {choices_text(dtype, DTYPES)}")
+    values, why = _DEFAULTS[dtype], _WHY[dtype]
+    limits: dict[str, Limit] = {}
+    for output in outputs:
+        limits[output] = Limit(output, values["output"], _OUTPUT, why)
+        limits[f"{output}.rms"] = Limit(f"{output}.rms", values["output.rms"], _OUTPUT_RMS, why)
+    for name, measures in LEVELS.items():
+        limits[name] = Limit(name, values[name], measures, _reason(name, dtype))
+    for name, value in (overrides or {}).items():
+        if name not in limits:
+            raise UsageError(f"tolerance for unknown name {name!r}; {choices_text(name, limits)}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise UsageError(f"tolerance {name}: expected a number, got {value!r}")
+        if not math.isfinite(value) or value < 0:
+            raise UsageError(f"tolerance {name}: expected a finite number of 0 or more, got {value!r}")
+        reason = f"set by the user (default {limits[name].value:g}: {limits[name].reason})"
+        limits[name] = Limit(name, float(value), limits[name].measures, reason)
+    return Tolerances(dtype, limits)
+
+
+def _reason(name: str, dtype: str) -> str:
+    if name == "moe.routing":
+        return _EXACT if dtype == "float32" else _FLIPS
+    return _WHY[dtype]
