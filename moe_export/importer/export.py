@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ExportError
@@ -96,10 +96,9 @@ def export_model(
             plan = graphs.plain_graph(model, "logits", encoder_decoder=True)  # type: ignore[arg-type]
         else:
             plan = graphs.decoder_graph(model)  # type: ignore[arg-type]
-        graph = trace(plan, opset)
+        graph, io = trace(plan, opset)
     _check_experts_traced(model, graph)
     layers = name_moe_values(graph)
-    io = _output_shapes(graph, plan.io)
     for node in graph.graph.all_nodes():
         node.metadata_props.clear()
         node.doc_string = None
@@ -122,13 +121,3 @@ def _check_experts_traced(model: nn.Module, graph: ir.Model) -> None:
     if found < expected:
         raise ExportError(f"the model has {expected} MoE layers and the traced graph {found}: some were not reached by "
                           "the sample inputs or were traced around the hook")
-
-
-def _output_shapes(graph: ir.Model, io: ModelIO) -> ModelIO:
-    """Outputs of own modules get their dimensions from the traced graph."""
-    outputs = []
-    names = {str(d): d for spec in io.inputs for d in spec.shape if isinstance(d, str)}
-    for spec, value in zip(io.outputs, graph.graph.outputs, strict=True):
-        shape = tuple(d if isinstance(d, int) or d in names or "." not in str(d) else str(d) for d in spec.shape)
-        outputs.append(replace(spec, name=value.name or spec.name, shape=shape))
-    return ModelIO(io.inputs, tuple(outputs))

@@ -177,7 +177,7 @@ def module_graph(
     else:
         named = {f"output_{i}": t for i, t in enumerate(result)}
     outputs = tuple(
-        TensorSpec(name, _numpy_name(t.dtype), tuple(f"{name}.{a}" for a in range(t.dim())))
+        TensorSpec(name, _numpy_name(t.dtype), ("?",) * t.dim())
         for name, t in named.items()
     )
     return TracedGraph(ModuleGraph(model, tuple(inputs)), tuple(inputs.values()), ModelIO(tuple(specs), outputs))

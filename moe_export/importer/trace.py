@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import warnings
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ExportError
-from ..ops import DOMAIN, OPS, VERSION
+from ..graph.functions import attach_functions
 from ..ops.torch_ops import translation_table
 from ..schema import ModelIO
 from .graphs import TracedGraph
@@ -66,8 +67,11 @@ def _library_table() -> dict[Any, Any]:
     return dict(_ONNX_TRANSLATION_TABLE)
 
 
-def _check_dynamic(program: torch.export.ExportedProgram, plan: TracedGraph) -> None:
-    """Every symbolic dimension of the plan must still be symbolic, equal names equal, different names different."""
+def _check_dynamic(program: torch.export.ExportedProgram, plan: TracedGraph) -> dict[str, str]:
+    """Every symbolic dimension of the plan must still be symbolic, equal names equal, different names different.
+
+    Returns traced symbol → name.
+    """
     placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     user = [placeholders[name] for name in program.graph_signature.user_inputs if isinstance(name, str)]
     seen: dict[str, tuple[str, str]] = {}
@@ -90,10 +94,13 @@ def _check_dynamic(program: torch.export.ExportedProgram, plan: TracedGraph) -> 
                 if other != wanted and other_name == name:
                     raise ExportError(f"{where} was tied to {other_where} while tracing; the model needs them equal")
             seen.setdefault(wanted, (name, where))
+    return {name: wanted for wanted, (name, _) in seen.items()}
 
 
-def trace(plan: TracedGraph, opset: int) -> ir.Model:
+def trace(plan: TracedGraph, opset: int) -> tuple[ir.Model, ModelIO]:
     """Trace, check, and translate to ONNX with our ops as nodes and their bodies as functions.
+
+    Returns the model and its inputs and outputs with every dimension named.
 
     Raises:
         ExportError: the model cannot be traced, or a dynamic dimension was frozen.
@@ -114,7 +121,7 @@ def trace(plan: TracedGraph, opset: int) -> ir.Model:
             raise ExportError(
                 f"{type(plan.module).__name__}: torch.export cannot trace the model: {_first_line(error)}"
             ) from error
-        _check_dynamic(program, plan)
+        symbols = _check_dynamic(program, plan)
         apply_fx_node_fixes("onnx", program.graph_module)
         try:
             exported = torch.onnx.export(
@@ -134,9 +141,26 @@ def trace(plan: TracedGraph, opset: int) -> ir.Model:
 
         apply_onnx_ir_fixes(exported)
     model = exported.model
-    _name_io(model, plan.io)
+    io = _resolve_outputs(model, plan.io, symbols)
+    _name_io(model, io)
     attach_functions(model, opset)
-    return model
+    return model, io
+
+
+def _resolve_outputs(model: ir.Model, io: ModelIO, symbols: dict[str, str]) -> ModelIO:
+    """Give each unnamed output dimension (``?``) its size, its input dimension's name, or its expression."""
+    outputs = []
+    for spec, value in zip(io.outputs, model.graph.outputs, strict=True):
+        shape: list[int | str] = []
+        for axis, wanted in enumerate(spec.shape):
+            if wanted != "?":
+                shape.append(wanted)
+                continue
+            actual = value.shape[axis] if value.shape is not None else None
+            text = str(getattr(actual, "value", actual))
+            shape.append(actual if isinstance(actual, int) else symbols.get(text, f"{spec.name}.{axis}"))
+        outputs.append(dataclasses.replace(spec, shape=tuple(shape)))
+    return ModelIO(io.inputs, tuple(outputs))
 
 
 def _dynamic_shapes(io: ModelIO) -> tuple[dict[int, Any] | None, ...]:
@@ -176,42 +200,3 @@ def _name_io(model: ir.Model, io: ModelIO) -> None:
             model.graph.outputs[index] = value = node.outputs[0]
         value.name = spec.name
         value.shape = ir.Shape(spec.shape)
-
-
-def attach_functions(model: ir.Model, opset: int) -> None:
-    """Put the body of every op that the graph uses into the model's functions.
-
-    Raises:
-        ExportError: two nodes of one op differ in a structural attribute (one body cannot serve both).
-    """
-    import onnx_ir as ir
-
-    needed: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-
-    def need(name: str, attributes: dict[str, Any]) -> None:
-        full = OPS[name].complete(attributes)
-        variant = OPS[name].variant(full)
-        if name in needed and needed[name][0] != variant:
-            raise ExportError(f"two {name} nodes need different bodies: {needed[name][0]} and {variant}")
-        needed.setdefault(name, (variant, full))
-
-    for node in model.graph.all_nodes():
-        if node.domain == DOMAIN:
-            attributes = {k: a.value for k, a in node.attributes.items()}
-            full = OPS[node.op_type].complete(attributes)
-            for key, value in full.items():
-                if key not in node.attributes:
-                    node.attributes[key] = ir.convenience.convert_attribute(key, value)
-            need(node.op_type, full)
-            if node.op_type == "ExpertMLP":
-                need("Dispatch", {"num_experts": full["num_experts"]})
-                need("GroupedMatMul", {"transposed": full["transposed"]})
-                need("Combine", {})
-    for key in [k for k in model.functions if k[0] == DOMAIN]:
-        del model.functions[key]
-    for name in ("Dispatch", "GroupedMatMul", "Combine", "Router", "ExpertMLP"):
-        if name in needed:
-            function = ir.from_proto(OPS[name].function(needed[name][1], opset))
-            model.functions[function.identifier()] = function
-    if needed:
-        model.graph.opset_imports[DOMAIN] = VERSION

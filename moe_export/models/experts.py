@@ -24,6 +24,7 @@ def experts_forward(
     up_bias: torch.Tensor | None = None,
     down_bias: torch.Tensor | None = None,
     transposed: bool = False,
+    drops: bool = True,
     after_down: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Dispatch → grouped matmul → activation → grouped matmul → combine, as visible ops.
@@ -37,6 +38,7 @@ def experts_forward(
         activate: [M, 2I or I] → [M, I].
         layer: name of the layer, kept in the graph.
         up_bias, down_bias: [E, ·].
+        drops: False promises that every id is in [0, E).
         after_down: [M, H] → [M, H], before the weights are applied.
 
     Returns:
@@ -50,7 +52,7 @@ def experts_forward(
     take = torch.nn.functional.embedding  # becomes one Gather
     num_experts = up.shape[0]
     ids = expert_ids.to(torch.int32)
-    order, offsets, tokens = ops.dispatch(ids, num_experts, layer)
+    order, offsets, tokens = ops.dispatch(ids, num_experts, drops, layer)
     rows = take(tokens, hidden)
     inner = ops.grouped_matmul(rows, up, offsets, transposed)
     if up_bias is not None or down_bias is not None:
@@ -85,6 +87,7 @@ def hook(
         up_bias=getattr(self, bias_name) if biased else None,
         down_bias=self.down_proj_bias if biased else None,
         transposed=self.is_transposed,
+        drops=False,
         after_down=self.post_expert_norm if self.has_post_expert_norm else None,
     ).reshape(hidden_states.shape)
 

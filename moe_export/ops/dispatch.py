@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def reference(
-    expert_ids: NDArray[np.int32], num_experts: int, layer: str = ""
+    expert_ids: NDArray[np.int32], num_experts: int, drops: int = 1, layer: str = ""
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Stable counting sort of ``expert_ids`` [T, K] read row by row.
 
@@ -74,6 +74,7 @@ DISPATCH = OpContract(
     ),
     attributes=(
         Attribute("num_experts", int, "number of experts E"),
+        Attribute("drops", int, "0: promises that every id is in [0, E)", default=1, choices=(0, 1)),
         Attribute("layer", str, "name of the MoE layer in the source model", default=""),
     ),
     reference=reference,

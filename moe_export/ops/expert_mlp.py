@@ -166,7 +166,7 @@ def body(attributes: Mapping[str, Any], _opset: int) -> str:
         inner_in, outer_in = "inner_b", "outer_b"
     t = attributes["transposed"]
     return f"""
-    order, offsets, tokens = moe_export.Dispatch <num_experts : int = @num_experts, layer : string = @layer> (expert_ids)
+    order, offsets, tokens = moe_export.Dispatch <num_experts : int = @num_experts, drops = 1, layer : string = @layer> (expert_ids)
     hidden_f32 = Cast <to = 1> (hidden)
     rows = Gather <axis = 0> (hidden_f32, tokens)
     last_1d = Constant <value_ints = [-1]> ()

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 def _define_ops() -> None:
     import torch
 
-    def dispatch(expert_ids: torch.Tensor, num_experts: int, layer: str) -> tuple[torch.Tensor, ...]:
+    def dispatch(expert_ids: torch.Tensor, num_experts: int, drops: bool, layer: str) -> tuple[torch.Tensor, ...]:
         flat = expert_ids.reshape(-1).to(torch.int64).clamp(-1, num_experts)
         order = torch.argsort(flat, stable=True)
         bounds = torch.arange(num_experts + 1, device=flat.device)
         offsets = torch.searchsorted(flat[order].contiguous(), bounds, side="left")
         return order, offsets, torch.div(order, expert_ids.shape[1], rounding_mode="trunc")
 
-    def dispatch_fake(expert_ids: torch.Tensor, num_experts: int, layer: str) -> tuple[torch.Tensor, ...]:
+    def dispatch_fake(expert_ids: torch.Tensor, num_experts: int, drops: bool, layer: str) -> tuple[torch.Tensor, ...]:
         count = expert_ids.shape[0] * expert_ids.shape[1]
         return (expert_ids.new_empty((count,), dtype=torch.int64),
                 expert_ids.new_empty((num_experts + 1,), dtype=torch.int64),
@@ -56,7 +56,7 @@ def _define_ops() -> None:
 
     define = torch.library.custom_op
     for name, schema, real, fake in (
-        ("dispatch", "(Tensor expert_ids, int num_experts, str layer) -> (Tensor, Tensor, Tensor)", dispatch, dispatch_fake),
+        ("dispatch", "(Tensor expert_ids, int num_experts, bool drops, str layer) -> (Tensor, Tensor, Tensor)", dispatch, dispatch_fake),
         ("grouped_matmul", "(Tensor rows, Tensor weight, Tensor offsets, bool transposed) -> Tensor",
          grouped_matmul, grouped_matmul_fake),
         ("combine", "(Tensor rows, Tensor order, Tensor weights) -> Tensor", combine, combine_fake),
@@ -127,8 +127,8 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
     ops = torch_ops()
     domain = onnxscript.values.Opset(DOMAIN, VERSION)
 
-    def dispatch(expert_ids: Any, num_experts: int, layer: str) -> Any:
-        return domain.Dispatch(expert_ids, num_experts=num_experts, layer=layer)
+    def dispatch(expert_ids: Any, num_experts: int, drops: bool, layer: str) -> Any:
+        return domain.Dispatch(expert_ids, num_experts=num_experts, drops=int(drops), layer=layer)
 
     def grouped_matmul(rows: Any, weight: Any, offsets: Any, transposed: bool) -> Any:
         return domain.GroupedMatMul(rows, weight, offsets, transposed=int(transposed))
