@@ -111,13 +111,12 @@ class SensorEncoder(nn.Module):
         self.layers = nn.ModuleList(Layer(hidden, heads, inner, num_experts, top_k) for _ in range(layers))
         self.norm = nn.LayerNorm(hidden)
 
-    def forward(self, frames: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, frames: Tensor, mask: Tensor) -> dict[str, Tensor]:
         x = self.embed(frames)
         valid = mask.bool()[:, None, None, :]
         for layer in self.layers:
             x = layer(x, valid)
-        features: Tensor = self.norm(x)
-        return features
+        return {"features": self.norm(x)}
 
 
 def build() -> tuple[nn.Module, dict[str, Tensor], dict[str, dict[int, str]]]:
