@@ -81,7 +81,8 @@ def _messages(model: Any) -> Iterator[tuple[Any, str]]:
                 continue
             # A list of messages is told from one message by what it offers: protobuf has renamed the flag.
             for i, item in enumerate([value] if hasattr(value, "ListFields") else value):
-                label = getattr(item, "name", "") or str(i)
+                name = getattr(item, "name", "")
+                label = name if isinstance(name, str) and name else str(i)
                 stack.append((item, f"{where} > {field.name} {shown(label, 60)}"))
 
 
@@ -104,8 +105,8 @@ class _Checker:
             self._check_node(message, where)
         for field, value in message.ListFields():
             if field.type == field.TYPE_STRING and field.name not in _FREE_TEXT:
-                for text in [value] if isinstance(value, str) else value:
-                    fault = name_fault(text)
+                for text in [value] if isinstance(value, (str, bytes)) else value:
+                    fault = name_fault(self._text(text, where))
                     if fault is not None:
                         raise self._error(where, f"{field.name} {shown(text)} {fault}")
 
@@ -131,11 +132,12 @@ class _Checker:
             return
         entries: dict[str, str] = {}
         for entry in tensor.external_data:
-            if entry.key in entries:
-                raise self._error(where, f"external data gives {shown(entry.key)} twice")
-            if entry.key not in _EXTERNAL_KEYS:
-                raise self._error(where, f"external data has the unknown key {shown(entry.key)}")
-            entries[entry.key] = entry.value
+            key = self._text(entry.key, where)
+            if key in entries:
+                raise self._error(where, f"external data gives {shown(key)} twice")
+            if key not in _EXTERNAL_KEYS:
+                raise self._error(where, f"external data has the unknown key {shown(key)}")
+            entries[key] = self._text(entry.value, where)
         location = entries.get("location", "")
         size = self._file_size(location, where)
         offset = self._number("offset", entries.get("offset", "0"), where)
@@ -174,6 +176,12 @@ class _Checker:
                 raise self._error(where, f"{what} is not among the bundle's listed files")
         self._sizes[location] = info.st_size
         return info.st_size
+
+    def _text(self, text: str | bytes, where: str) -> str:
+        """protobuf hands over a text that is not UTF-8 as bytes."""
+        if isinstance(text, bytes):
+            raise self._error(where, "a name is not UTF-8")
+        return text
 
     def _number(self, key: str, text: str, where: str) -> int:
         if not (text.isascii() and text.isdigit() and len(text) <= 19):

@@ -56,7 +56,7 @@ def open_bundle(
     """
     folder = Path(path)
     progress = progress or NullProgress()
-    if not folder.is_dir() or not (folder / MANIFEST_NAME).exists():
+    if not os.path.isdir(folder) or not os.path.exists(folder / MANIFEST_NAME):
         raise BundleError(_not_a_bundle(folder))
     manifest = read_manifest(folder)
     _check_files(folder, manifest)
@@ -73,12 +73,12 @@ def open_bundle(
 
 def _not_a_bundle(folder: Path) -> str:
     what = describe_path(folder)
-    text = f"{folder} {what}, not a moe-export bundle" if folder.exists() else f"{folder} {what}"
+    text = f"{folder} {what}, not a moe-export bundle" if os.path.exists(folder) else f"{folder} {what}"
     if "Hugging Face" in what:
         return f"{text}; build one from it with `moe-export build {folder} -o ENGINE`"
-    if folder.is_file() and folder.name == MANIFEST_NAME:
+    if os.path.isfile(folder) and folder.name == MANIFEST_NAME:
         return f"{text}; name its folder, {folder.parent}"
-    if folder.is_dir():
+    if os.path.isdir(folder):
         text += f" (no {MANIFEST_NAME})"
     return f"{text}; a bundle is a folder that `moe-export build SOURCE -o FOLDER` writes"
 

@@ -257,12 +257,17 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 
 def _resolve(output: Path) -> Path:
-    if output.is_symlink() and not output.exists():
-        raise UsageError(f"{output} is a link to nothing; remove it or choose another output folder with -o")
+    """The folder that ``output`` means: links are followed, so that two spellings share one lock."""
+    if "\0" in str(output):
+        raise UsageError(f"output folder {str(output)!r} is not a usable path: it contains a NUL character")
     try:
+        if output.is_symlink() and not output.exists():
+            raise UsageError(f"{output} is a link to nothing; remove it or choose another output folder with -o")
         return output.resolve() if output.exists() else output.parent.resolve() / output.name
-    except (OSError, RuntimeError) as error:
-        raise UsageError(f"output folder {output} cannot be resolved: {error}") from error
+    except OSError as error:
+        raise write_error(error, output) from error
+    except RuntimeError as error:  # a loop of links
+        raise UsageError(f"output folder {str(output)!r} is not a usable path: {error}") from error
 
 
 def _check_parent(output: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,7 +150,7 @@ def _hash_into(digest: Any, path: Path, advance: Callable[[int], None] | None = 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
-    if not path.is_file():
+    if not os.path.isfile(path):
         _not_a_model(folder)
     return _read_json(path)
 
@@ -157,7 +158,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _not_a_model(folder: Path) -> NoReturn:
     what = describe_path(folder)
     wanted = f"a model folder has {CONFIG_NAME} and safetensors files, as save_pretrained() writes them"
-    if folder.exists():
+    if os.path.exists(folder):
         raise SourceError(f"{folder} {what}, not a Hugging Face model folder; {wanted}")
     hub = ""
     if len(folder.parts) == 2 and not folder.is_absolute():
