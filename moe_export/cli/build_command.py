@@ -51,15 +51,16 @@ def command(
 
     SOURCE is a Hugging Face model folder, or path/file.py:function that returns a torch module.
     """
+    flags["max_sequence"] = flags.pop("max_seq")
+    flags["tolerances"] = dict(flags["tolerances"]) or None
+    flags["trust_remote_code"] = flags["trust_remote_code"] or None
+    config = merge(load_config_file(config_file) if config_file else {}, flags)
+
     from moe_export.api import build
     from moe_export.cli.output import print_json
     from moe_export.cli.progress import console_progress
     from moe_export.schema import to_json
 
-    flags["max_sequence"] = flags.pop("max_seq")
-    flags["tolerances"] = dict(flags["tolerances"]) or None
-    flags["trust_remote_code"] = flags["trust_remote_code"] or None
-    config = merge(load_config_file(config_file) if config_file else {}, flags)
     with console_progress(quiet) as progress:
         bundle = build(source, output, config, progress=progress)
     if as_json:

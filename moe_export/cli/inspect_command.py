@@ -35,7 +35,8 @@ def command(path: str, trust_remote_code: bool, as_json: bool) -> None:
 
 
 def _text(summary: ModelSummary) -> str:
-    from moe_export.cli.output import billions, gibibytes
+    from moe_export.cli.output import billions
+    from moe_export.files import bytes_text
 
     dtype = summary.dtype or "dtype unknown"
     lines = [f"{summary.class_name} ({summary.model_type}), {dtype}, {summary.kind}"]
@@ -43,7 +44,7 @@ def _text(summary: ModelSummary) -> str:
     if details:
         lines.append(
             f"target {details['target']}, task {details['task']}, opset {details['opset']}, "
-            f"{gibibytes(details['size_bytes'])}, built {details['created']}"
+            f"{bytes_text(details['size_bytes'])}, built {details['created']}"
         )
     names = {
         "total": "total",

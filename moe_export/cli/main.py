@@ -140,6 +140,7 @@ def _print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> 
 
 
 @click.group(
+    name="moe-export",
     cls=MainGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog="Exit codes: 0 done, 1 a check failed, 2 wrong use, 3 this machine lacks something.",

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+
+from moe_export.errors import UsageError
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -34,9 +38,12 @@ class Assignment(click.ParamType[tuple[str, float]]):
 
 
 class IntList(click.ParamType[tuple[int, ...]]):
-    """Whole numbers of at least 1 with commas between: ``1,4,16``. The value is a tuple of ints."""
+    """Whole numbers of at least ``minimum`` with commas between: ``1,4,16``. The value is a tuple of ints."""
 
     name = "N,N,..."
+
+    def __init__(self, minimum: int = 1) -> None:
+        self.minimum = minimum
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -47,8 +54,10 @@ class IntList(click.ParamType[tuple[int, ...]]):
             numbers = tuple(int(part) for part in str(value).split(","))
         except ValueError:
             numbers = ()
-        if not numbers or min(numbers) < 1:
-            self.fail(f"{value!r} is not a list of whole numbers of at least 1, as in 1,4", param, ctx)
+        if not numbers or min(numbers) < self.minimum:
+            self.fail(
+                f"{value!r} is not a list of whole numbers of at least {self.minimum}, as in 1,4", param, ctx
+            )
         return numbers
 
 
@@ -96,3 +105,18 @@ def trust_remote_code_option(function: Decorated) -> Decorated:
     return click.option("--trust-remote-code", is_flag=True, help="Run model code that lies in SOURCE.")(
         function
     )
+
+
+def read_text(name: str) -> str:
+    """The UTF-8 text in the file ``name``, or on stdin for ``-``.
+
+    Raises:
+        UsageError: no such file, or not UTF-8.
+    """
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        return data.decode("utf-8")
+    except OSError as error:
+        raise UsageError(f"{name}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{'stdin' if name == '-' else name}: not UTF-8 text: {error}") from error

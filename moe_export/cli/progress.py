@@ -25,7 +25,12 @@ def console_progress(quiet: bool = False, stream: TextIO | None = None) -> Itera
         from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bars
 
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TimeElapsedColumn(),
+        )
         with Bars(*columns, console=Console(file=out)) as bars:
             yield BarProgress(bars)
     else:

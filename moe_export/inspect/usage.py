@@ -126,10 +126,23 @@ def plot_usage(usage: Usage, path: str | Path) -> None:
     Raises:
         UsageError: ``path`` is neither .png nor .svg.
     """
+    path = check_plot_path(path)
+    try:
+        _figure(usage).savefig(path, dpi=150)
+    except OSError as error:
+        raise UsageError(f"{path}: the plot cannot be written: {error.strerror}") from error
+
+
+def check_plot_path(path: str | Path) -> Path:
+    """``path``, if its ending names a format that :func:`plot_usage` writes.
+
+    Raises:
+        UsageError: it does not.
+    """
     path = Path(path)
     if path.suffix.lower() not in PLOT_FORMATS:
         raise UsageError(f"{path}: the plot's format is told by its ending, one of {', '.join(PLOT_FORMATS)}")
-    _figure(usage).savefig(path, dpi=150)
+    return path
 
 
 def _figure(usage: Usage) -> Figure:
