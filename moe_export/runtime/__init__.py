@@ -1,1 +1,1 @@
-"""runtime."""
+"""Running a bundle: sessions, generation, runs that show the routing. Needs no torch and no transformers."""

@@ -1,0 +1,115 @@
+"""ONNX Runtime sessions on the CPU: options, error text, and no silent change of provider."""
+
+from __future__ import annotations
+
+import os
+import re
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_export.errors import BundleError, EnvironmentLacksError, InputError
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+PROVIDERS = ["CPUExecutionProvider"]
+_CODE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
+_FATAL = 4
+
+
+def default_threads() -> int:
+    """Physical cores that this process may use: the machine's, its CPU affinity and its cgroup quota."""
+    import psutil
+
+    usable = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        usable = min(usable, len(os.sched_getaffinity(0)))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        if quota != "max":
+            usable = min(usable, -(-int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass  # No cgroup v2: no quota to respect.
+    return max(usable, 1)
+
+
+def one_line(error: BaseException, limit: int = 400) -> str:
+    """ONNX Runtime's message on one line, without its code prefix."""
+    text = " ".join(_CODE.sub("", str(error)).split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+@cache
+def ort_error_types() -> tuple[type[BaseException], ...]:
+    """Everything ONNX Runtime raises."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    codes = (
+        "Fail InvalidArgument NoSuchFile NoModel EngineError RuntimeException InvalidProtobuf ModelLoaded "
+        "NotImplemented InvalidGraph EPFail NotFound ModelLoadCanceled ModelRequiresCompilation"
+    )
+    kinds = (getattr(state, name, None) for name in codes.split())
+    return (*(kind for kind in kinds if kind is not None), RuntimeError, ValueError, MemoryError)
+
+
+def create_session(
+    model: Path | bytes,
+    *,
+    threads: int | None = None,
+    folder: Path | None = None,
+    prepack: bool = True,
+    label: str | None = None,
+) -> ort.InferenceSession:
+    """An ONNX Runtime session on the CPU provider and no other.
+
+    Args:
+        model: file, or a serialised model whose external data lies in ``folder``.
+        threads: threads inside one operator; None: :func:`default_threads`.
+        folder: where external data of a model given as bytes lies.
+        prepack: let ONNX Runtime keep a second, faster copy of constant weights. Without it, external weights
+            stay memory-mapped and are shared by all sessions over the same file.
+        label: what error messages call a model given as bytes.
+
+    Raises:
+        InputError: ``threads`` is not a whole number of 1 or more.
+        BundleError: ONNX Runtime refuses the model; the message names it.
+        EnvironmentLacksError: this build of ONNX Runtime has no CPU provider.
+    """
+    import onnxruntime as ort
+
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise InputError(f"threads is {threads!r}; expected a whole number of 1 or more, or None")
+    missing = set(PROVIDERS) - set(ort.get_available_providers())
+    if missing:
+        raise EnvironmentLacksError(
+            f"the installed onnxruntime {ort.__version__} lacks {', '.join(missing)}; install it again"
+        )
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.intra_op_num_threads = threads or default_threads()
+    options.inter_op_num_threads = 1
+    # Errors are raised, so logging them as well would only print them twice.
+    options.log_severity_level = _FATAL
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    if isinstance(model, bytes):
+        source: str | bytes = model
+        if folder is not None:
+            key = "session.model_external_initializers_file_folder_path"
+            options.add_session_config_entry(key, str(folder))
+    else:
+        source = str(model)
+    name = label or (source if isinstance(source, str) else "the model")
+    try:
+        session = ort.InferenceSession(
+            source, options, providers=PROVIDERS, enable_fallback=0, read_config_from_model=0
+        )
+    except ort_error_types() as error:
+        raise BundleError(f"{name}: ONNX Runtime cannot load it: {one_line(error)}") from error
+    if session.get_providers() != PROVIDERS:
+        raise BundleError(
+            f"{name}: ONNX Runtime runs it with {session.get_providers()}, asked was {PROVIDERS}"
+        )
+    return session

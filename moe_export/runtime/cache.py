@@ -1,0 +1,70 @@
+"""The KV cache of one generation: which value each cache input reads, and where each cache output goes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moe_export.runtime.tensors import numpy_dtype, to_ort
+from moe_export.schema import TensorSpec
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+
+class CacheBuffers(ABC):
+    """Cache tensors of one running sequence batch. Before each run :meth:`bind`, after it :meth:`advance`.
+
+    The generation loop knows only this interface; a graph that updates its cache in place gets another form
+    of it.
+    """
+
+    @property
+    @abstractmethod
+    def outputs(self) -> Sequence[str]:
+        """Names of the cache outputs that :meth:`bind` binds."""
+
+    @abstractmethod
+    def bind(self, binding: ort.IOBinding) -> None:
+        """Bind every cache input and cache output for the next run."""
+
+    @abstractmethod
+    def advance(self, results: Mapping[str, ort.OrtValue]) -> None:
+        """Take over the cache outputs (by name) of the run that has ended."""
+
+
+class GrowingCache(CacheBuffers):
+    """For graphs that write ``present`` as a new tensor (``past`` and new entries concatenated, or a new
+    state).
+
+    ONNX Runtime allocates each output from its arena, and the same value is bound as the next run's input: no
+    byte passes through Python, and beyond what the graph itself writes nothing is copied.
+    """
+
+    def __init__(self, specs: Sequence[TensorSpec], batch: int) -> None:
+        """``specs``: the cache inputs, each with its ``pair``. They start with a past of 0, states with
+        zeros.
+        """
+        self._names = [(spec.name, str(spec.pair)) for spec in specs]
+        sizes = {"batch": batch, "past": 0}
+        self._values = [
+            to_ort(
+                np.zeros([d if isinstance(d, int) else sizes[d] for d in spec.shape], numpy_dtype(spec.dtype))
+            )
+            for spec in specs
+        ]
+
+    @property
+    def outputs(self) -> Sequence[str]:
+        return [output for _, output in self._names]
+
+    def bind(self, binding: ort.IOBinding) -> None:
+        for (name, output), value in zip(self._names, self._values, strict=True):
+            binding.bind_ortvalue_input(name, value)
+            binding.bind_output(output)
+
+    def advance(self, results: Mapping[str, ort.OrtValue]) -> None:
+        self._values = [results[output] for _, output in self._names]
