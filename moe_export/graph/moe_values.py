@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import ExportError
@@ -117,3 +118,33 @@ def find_value(model: ir.Model, name: str) -> ir.Value | None:
             if value.name == name:
                 return value
     return model.graph.initializers.get(name)
+
+
+def rename_moe_values(model: ir.Model, layers: Sequence[MoELayer]) -> None:
+    """Give the values of each MoE layer their names again after a rewrite that replaced their producers.
+
+    Raises:
+        ExportError: a layer's Dispatch or Combine is gone.
+    """
+    dispatches = {n.attributes["layer"].as_string(): n for n in model.graph
+                  if n.domain == DOMAIN and n.op_type == "Dispatch"}
+    for layer in layers:
+        dispatch = dispatches.get(layer.name)
+        combine = _consumer(dispatch.outputs[0], "Combine", DOMAIN) if dispatch is not None else None
+        gather = _consumer(dispatch.outputs[2], "Gather", "") if dispatch is not None else None
+        if dispatch is None or combine is None or gather is None:
+            raise ExportError(f"MoE layer {layer.name!r}: a rewrite removed its Dispatch, token gather or Combine")
+        found = {layer.hidden: gather.inputs[0], layer.expert_ids: dispatch.inputs[0],
+                 layer.weights: combine.inputs[2], layer.output: combine.outputs[0]}
+        router = dispatch.inputs[0].producer() if dispatch.inputs[0] is not None else None
+        if layer.logits is not None and router is not None and router.op_type == "Router":
+            found[layer.logits] = router.inputs[0]
+        for name, value in found.items():
+            if value is None:
+                raise ExportError(f"MoE layer {layer.name!r}: {name} has no value after a rewrite")
+            if value.name == name:
+                continue
+            other = find_value(model, name)
+            if other is not None:
+                other.name = f"{name}.before"
+            _rename(model, value, name)

@@ -260,7 +260,7 @@ def _search(
 def _candidates(
     layer: MoELayer, nodes: Sequence[ir.Node], scalars: Sequence[float], has_bias: bool
 ) -> Iterator[dict[str, Any]]:
-    epsilons = sorted({0.0} | {s for s in scalars if 0 < s < 1e-3})
+    epsilons = sorted({0.0} | {s for s in scalars if 0 < s < 1e-3}, reverse=True)
     top_ks = sum(1 for n in nodes if n.op_type == "TopK")
     groupings: list[dict[str, Any]] = [{}]
     if top_ks > 1:

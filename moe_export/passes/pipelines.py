@@ -1,0 +1,28 @@
+"""Which passes run for which target, in order."""
+
+from __future__ import annotations
+
+from ..errors import UsageError, choices_text
+from .attach_router import AttachRouter
+from .base import Pass, PassContext
+from .bfloat16_weights import BFloat16Weights
+from .library_fusions import LibraryFusions
+from .unroll_experts import UnrollExperts
+
+PIPELINES: dict[str, tuple[type[Pass], ...]] = {
+    "portable": (AttachRouter, BFloat16Weights),
+    "onnxruntime": (AttachRouter, LibraryFusions, UnrollExperts, BFloat16Weights),
+}
+"""Target → its passes. A pass may rely on those before it."""
+
+
+def run_pipeline(target: str, context: PassContext) -> None:
+    """Run the passes of ``target`` on ``context``.
+
+    Raises:
+        UsageError: no such target.
+    """
+    if target not in PIPELINES:
+        raise UsageError(f"unknown target {target!r}; {choices_text(target, PIPELINES)}")
+    for cls in PIPELINES[target]:
+        cls().apply(context)

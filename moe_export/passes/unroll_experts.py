@@ -1,0 +1,259 @@
+"""Lower GroupedMatMul: one MatMul per expert over its rows, or keep the op's Loop body; measured, per kind of layer."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..ops import DOMAIN, OPS, VERSION
+from ..schema import Alternative, Decision
+from .base import Pass, PassContext
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+
+MEASURE_LIMIT = 256 * 2**20
+"""Bytes of weights up to which both forms are timed; larger layers follow the rule of the smaller ones."""
+NODE_LIMIT = 20_000
+"""Expert MatMul nodes of a whole model above which unrolling is refused: the load time grows with the nodes."""
+TOKENS = (1, 64)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What two GroupedMatMuls must share to be decided together."""
+
+    experts: int
+    columns: int
+    rows: int
+    transposed: bool
+    top_k: int
+
+
+class UnrollExperts(Pass):
+    """``option expert_lowering``: ``auto`` measures both forms on this machine, ``unrolled`` and ``loop`` force one."""
+
+    name = "unroll-experts"
+
+    def _run(self, context: PassContext) -> None:
+        graph = context.model.graph
+        wanted = str(context.options.get("expert_lowering", "auto"))
+        threads = context.options.get("threads")
+        top_k = {layer.name: layer.top_k for layer in context.layers}
+        nodes = [n for n in graph if n.domain == DOMAIN and n.op_type == "GroupedMatMul"]
+        total = sum(_experts(n) for n in nodes)
+        verdicts: dict[_Kind, Decision] = {}
+        for node in nodes:
+            layer = _layer_of(node)
+            weight = node.inputs[1]
+            assert weight is not None
+            kind = _kind(node, top_k.get(layer, 1))
+            if kind not in verdicts:
+                verdicts[kind] = _decide(kind, wanted, total, context.opset, threads)
+            verdict = verdicts[kind]
+            subject = f"{layer}: experts {kind.experts} x [{kind.rows}, {kind.columns}]"
+            if verdict.choice == "unrolled" and weight.const_value is None:
+                verdict = Decision("", "loop", "the weight is computed in the graph, not a constant")
+            if verdict.choice == "unrolled":
+                _unroll(graph, node, kind)
+            context.decisions.append(Decision(
+                subject, verdict.choice, verdict.reason, verdict.alternatives, verdict.measured_ms
+            ))
+        _drop_unused(context.model)
+
+
+def _experts(node: ir.Node) -> int:
+    weight = node.inputs[1]
+    assert weight is not None and weight.shape is not None
+    return int(weight.shape[0])  # type: ignore[arg-type]
+
+
+def _kind(node: ir.Node, top_k: int) -> _Kind:
+    weight = node.inputs[1]
+    assert weight is not None and weight.shape is not None
+    experts, a, b = (int(d) for d in weight.shape)  # type: ignore[arg-type]
+    transposed = bool(node.attributes["transposed"].as_int())
+    rows, columns = (a, b) if transposed else (b, a)
+    return _Kind(experts, columns, rows, transposed, top_k)
+
+
+def _dispatch_of(node: ir.Node) -> ir.Node:
+    offsets = node.inputs[2]
+    dispatch = offsets.producer() if offsets is not None else None
+    assert dispatch is not None and dispatch.op_type == "Dispatch"
+    return dispatch
+
+
+def _layer_of(node: ir.Node) -> str:
+    return str(_dispatch_of(node).attributes["layer"].as_string())
+
+
+def _decide(kind: _Kind, wanted: str, total: int, opset: int, threads: int | None) -> Decision:
+    if wanted != "auto":
+        return Decision("", wanted, f"asked for by expert_lowering = {wanted}")
+    if total > NODE_LIMIT:
+        return Decision("", "loop", f"unrolling makes {total} MatMul nodes, more than {NODE_LIMIT}: loading would take long",
+                        (Alternative("unrolled", "too many nodes"),))
+    nbytes = kind.experts * kind.rows * kind.columns * 4
+    if nbytes > MEASURE_LIMIT:
+        return Decision("", "unrolled", f"not measured here ({nbytes / 2**20:.0f} MiB of weights in one matrix stack): "
+                        "the loop copies each used expert's matrix before it multiplies", (
+                            Alternative("loop", "copies each used expert's matrix"),))
+    times = _measure(kind, opset, threads)
+    score = {form: statistics.geometric_mean(list(t.values())) for form, t in times.items()}
+    best = min(score, key=lambda form: score[form])
+    other = "loop" if best == "unrolled" else "unrolled"
+    return Decision(
+        "", best, f"faster here over {' and '.join(str(t) for t in TOKENS)} tokens "
+        f"({score[other] / score[best]:.2f} times, geometric mean)",
+        (Alternative(other, "slower here", times[other]),), times[best],
+    )
+
+
+def _measure(kind: _Kind, opset: int, threads: int | None) -> dict[str, dict[str, float]]:
+    """Milliseconds (median of interleaved runs) of both forms for each number of tokens."""
+    import numpy as np
+    import onnxruntime as ort
+
+    rng = np.random.default_rng(0)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    if threads:
+        options.intra_op_num_threads = threads
+    sessions = {
+        form: ort.InferenceSession(_probe(kind, form, opset).SerializeToString(), options,
+                                   providers=["CPUExecutionProvider"])
+        for form in ("unrolled", "loop")
+    }
+    out: dict[str, dict[str, float]] = {form: {} for form in sessions}
+    for tokens in TOKENS:
+        ids = np.stack([rng.permutation(kind.experts)[: kind.top_k] for _ in range(tokens)]).astype(np.int32)
+        _, offsets, _ = OPS["Dispatch"].reference(ids, kind.experts)
+        feed = {"rows": rng.standard_normal((ids.size, kind.rows)).astype(np.float32), "offsets": offsets}
+        samples: dict[str, list[float]] = {form: [] for form in sessions}
+        for turn in range(9):
+            for form, session in sessions.items():
+                begin = time.perf_counter()
+                session.run(None, feed)
+                if turn >= 2:
+                    samples[form].append((time.perf_counter() - begin) * 1e3)
+        for form, values in samples.items():
+            out[form][f"T={tokens}"] = round(statistics.median(values), 4)
+    return out
+
+
+def _probe(kind: _Kind, form: str, opset: int) -> onnx.ModelProto:
+    """A model with one GroupedMatMul of this kind in one of the two forms."""
+    import numpy as np
+    import onnx_ir as ir
+
+    shape = (kind.experts, kind.rows, kind.columns) if kind.transposed else (kind.experts, kind.columns, kind.rows)
+    weight = ir.Value(name="weight", const_value=ir.tensor(
+        np.random.default_rng(1).standard_normal(shape, dtype=np.float32) * np.float32(0.02)))
+    weight.dtype, weight.shape = ir.DataType.FLOAT, ir.Shape(shape)
+    rows = ir.Value(name="rows", shape=ir.Shape(["m", kind.rows]), type=ir.TensorType(ir.DataType.FLOAT))
+    offsets = ir.Value(name="offsets", shape=ir.Shape([kind.experts + 1]), type=ir.TensorType(ir.DataType.INT64))
+    attributes = {"transposed": int(kind.transposed)}
+    node = ir.node("GroupedMatMul", [rows, weight, offsets], attributes=attributes, domain=DOMAIN)
+    out = node.outputs[0]
+    out.name, out.dtype, out.shape = "out", ir.DataType.FLOAT, ir.Shape(["m", kind.columns])
+    graph = ir.Graph([rows, offsets], [out], nodes=[node], initializers=[weight], name="probe",
+                     opset_imports={"": opset, DOMAIN: VERSION})
+    model = ir.Model(graph, ir_version=10)
+    if form == "unrolled":
+        _unroll(graph, node, kind, drops=False)
+    else:
+        function = ir.from_proto(OPS["GroupedMatMul"].function(attributes, opset))
+        model.functions[function.identifier()] = function
+    _drop_unused(model)
+    proto: Any = ir.to_proto(model)
+    return proto  # type: ignore[no-any-return]
+
+
+def _unroll(graph: ir.Graph, node: ir.Node, kind: _Kind, drops: bool | None = None) -> None:
+    """Split the rows by expert, multiply each part with its expert's matrix, concatenate.
+
+    A part of no rows costs one call that returns at once. Dropped assignments come first and give zero rows.
+    """
+    import numpy as np
+    import onnx_ir as ir
+
+    rows, weight, offsets = node.inputs
+    assert rows is not None and weight is not None and offsets is not None and weight.const_value is not None
+    if drops is None:
+        drops = bool(_dispatch_of(node).attributes["drops"].as_int())
+    dtype = rows.dtype
+    tape: list[ir.Node] = []
+
+    def add(op: str, inputs: list[ir.Value | None], outputs: int = 1, **attributes: Any) -> list[ir.Value]:
+        made = ir.node(op, inputs, attributes=attributes, num_outputs=outputs)
+        tape.append(made)
+        return list(made.outputs)
+
+    def constant(name: str, values: list[int]) -> ir.Value:
+        existing = graph.initializers.get(name)
+        if existing is not None:
+            return existing
+        array = np.asarray(values, np.int64)
+        value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+        value.dtype, value.shape = ir.DataType.INT64, ir.Shape(array.shape)
+        graph.register_initializer(value)
+        return value
+
+    zero, one = constant("moe.const.0", [0]), constant("moe.const.1", [1])
+    minus_one, far = constant("moe.const.-1", [-1]), constant("moe.const.max", [2**62])
+    (starts,) = add("Slice", [offsets, zero, minus_one, zero])
+    (ends,) = add("Slice", [offsets, one, far, zero])
+    (sizes,) = add("Sub", [ends, starts])
+    count = kind.experts
+    if drops:
+        (first,) = add("Slice", [offsets, zero, one, zero])
+        (last,) = add("Slice", [offsets, minus_one, far, zero])
+        (all_rows,) = add("Shape", [rows], start=0, end=1)
+        (rest,) = add("Sub", [all_rows, last])
+        (sizes,) = add("Concat", [first, sizes, rest], axis=0)
+        count += 2
+    parts = add("Split", [rows, sizes], outputs=count, axis=0) if count > 1 else [rows]
+    array = weight.const_value.numpy()
+    products: list[ir.Value | None] = []
+    for index, part in enumerate(parts):
+        expert = index - 1 if drops else index
+        if not 0 <= expert < kind.experts:
+            (length,) = add("Shape", [part], start=0, end=1)
+            (shape,) = add("Concat", [length, constant(f"moe.const.{kind.columns}", [kind.columns])], axis=0)
+            zeros = ir.tensor(np.zeros(1, array.dtype))
+            (product,) = add("ConstantOfShape", [shape], value=zeros)
+        else:
+            matrix = array[expert] if kind.transposed else array[expert].T
+            name = f"{weight.name}.{expert}"
+            held = graph.initializers.get(name)
+            if held is None:
+                held = ir.Value(name=name, const_value=ir.tensor(np.ascontiguousarray(matrix), name=name))
+                held.dtype, held.shape = weight.dtype, ir.Shape(matrix.shape)
+                graph.register_initializer(held)
+            (product,) = add("MatMul", [part, held])
+        product.dtype = dtype
+        products.append(product)
+    (joined,) = add("Concat", products, axis=0) if len(products) > 1 else [products[0]]
+    old = node.outputs[0]
+    joined.dtype, joined.shape = old.dtype, old.shape
+    graph.insert_before(node, tape)
+    name = old.name
+    old.replace_all_uses_with(joined, replace_graph_outputs=True)
+    old.name, joined.name = f"{name}.op", name
+    graph.remove(node, safe=True)
+
+
+def _drop_unused(model: ir.Model) -> None:
+    """Remove weights, functions and nodes that nothing uses any more."""
+    import onnx_ir.passes.common as common
+
+    common.RemoveUnusedNodesPass()(model)
+    used = {(n.domain, n.op_type) for n in model.graph.all_nodes()}
+    for function in model.functions.values():
+        used |= {(n.domain, n.op_type) for n in function.all_nodes()}
+    for key in [k for k in model.functions if (k[0], k[1]) not in used]:
+        del model.functions[key]
