@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moe_export.api import build, export
     from moe_export.bench import bench_bundle as bench
-    from moe_export.models import MoEBlockSpec, moe_block, register_moe_block
+    from moe_export.models.adapters import MoEBlockSpec, moe_block, register_moe_block
     from moe_export.runtime.session import load
     from moe_export.verify import verify_bundle as verify
 
@@ -37,9 +37,9 @@ _LAZY = {
     "export": "moe_export.api",
     "build": "moe_export.api",
     "load": "moe_export.runtime.session",
-    "register_moe_block": "moe_export.models",
-    "moe_block": "moe_export.models",
-    "MoEBlockSpec": "moe_export.models",
+    "register_moe_block": "moe_export.models.adapters",
+    "moe_block": "moe_export.models.adapters",
+    "MoEBlockSpec": "moe_export.models.adapters",
 }
 _CALLABLE = {"verify": "verify_bundle", "bench": "bench_bundle"}
 

@@ -110,11 +110,10 @@ def _read_npz(path: Path) -> dict[str, Any]:
     import numpy as np
 
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            if not isinstance(arrays, np.lib.npyio.NpzFile):
-                raise InputError(
-                    f"{path}: one array without a name; expected .npz with the engine's inputs by name"
-                )
+        arrays = np.load(path, allow_pickle=False)
+        if isinstance(arrays, np.ndarray):
+            raise InputError(f"{path}: one array without a name; expected .npz with the inputs by name")
+        with arrays:
             return {name: arrays[name] for name in arrays.files}
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from error
