@@ -1,0 +1,278 @@
+"""``bench_bundle``: a bundle's engine against ways to run the same model without moe-export."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError, choices_text
+from ..progress import NullProgress, Progress
+from .contest import Contest, WorkloadFiles
+from .contestants import BASELINES, COMPILE, ENGINE_TITLE, EXPORT, EXPORT_FUSED, EXPORTER, make_runner
+from .grid import Grid, Workload, make_grid
+from .inputs import InputMaker
+from .machine import Machine, describe_machine
+from .process import Failed, LocalSeat, ProcessSeat, Seat
+from .result import EAGER, ENGINE, BenchReport, Row, make_ratios
+from .routing import ROUTINGS, force_all, imbalance
+from .runner import CHECK_STEPS, NotPossible, read_arrays, write_routing
+from .source import BaselineSource, find_source
+
+EXPORT_SECONDS = 1800.0
+CHECK_TOKENS = 12
+SPARE_BYTES = 512 << 20
+
+
+def bench_bundle(
+    bundle: Path | str,
+    *,
+    source: Path | str | object | None = None,
+    batch: Sequence[int] = (1,),
+    sequence: Sequence[int] = (128, 512),
+    decode_tokens: int = 32,
+    rounds: int = 5,
+    warmup: int = 1,
+    baselines: Sequence[str] | None = None,
+    routing: Sequence[str] = ROUTINGS,
+    threads: int | None = None,
+    seed: int = 0,
+    trust: bool = False,
+    progress: Progress | None = None,
+) -> BenchReport:
+    """Measure a bundle's engine and its baselines in turns, each in its own process, with equal threads and
+    inputs.
+
+    Args:
+        bundle: the bundle's folder.
+        source: the model it was built from: folder, ``file.py:function`` or live module; None = where the
+            manifest says. Without it there are no baselines.
+        batch, sequence: the grid; cells beyond the bundle's limits are left out and named.
+        decode_tokens: decode steps per round.
+        rounds, warmup: measured rounds, and rounds before them that are not.
+        baselines: names of :data:`moe_export.bench.BASELINES`; None = all, () = none.
+        routing: ``real`` (the model's own) and routings to force.
+        threads: of every contestant; None = the physical cores this process may use.
+        seed: of random inputs and of forced routings.
+        trust: skip the bundle's hash check.
+
+    Returns: the report. A baseline that cannot run is in its ``skipped`` with the reason.
+
+    Raises:
+        UsageError: an argument makes no sense, or nothing of the grid fits the engine.
+        BundleError: the bundle is damaged, or the engine failed.
+    """
+    from ..backends.onnxruntime.runner import default_threads
+    from ..bundle.reader import open_bundle
+
+    began = time.monotonic()
+    names = _check_baselines(baselines)
+    for name, value, least in (("rounds", rounds, 1), ("warmup", warmup, 0), ("threads", threads, 1)):
+        if value is not None and (type(value) is not int or value < least):
+            raise UsageError(f"{name}: expected a whole number of {least} or more, got {value!r}")
+    progress = progress or NullProgress()
+    opened = open_bundle(bundle, trust=trust, progress=progress)
+    manifest = opened.manifest
+    grid = make_grid(manifest, batch, sequence, decode_tokens, routing)
+    threads = threads or default_threads()
+    machine = describe_machine(threads)
+    maker = InputMaker(manifest, opened.tokenizer_path, seed)
+    with Contest(manifest.dtype, progress) as contest:
+        for workload, reason in grid.left_out:
+            contest.skip(ENGINE, reason, workload)
+        check = Workload("decode" if manifest.io.cache_inputs else "forward", min(batch), CHECK_TOKENS)
+        contest.write("check", maker.inputs(_within(check, manifest.limits.max_sequence), CHECK_STEPS))
+        contest.enter(
+            ENGINE,
+            ENGINE_TITLE,
+            lambda: ProcessSeat({"kind": ENGINE, "bundle": str(opened.path), "threads": threads}, threads),
+        )
+        found = find_source(manifest, source, contest.folder / "source")
+        entrants = _Entrants(contest, found, manifest.task, threads, bool(manifest.io.cache_inputs))
+        entrants.enter(names, manifest.parameters.get("total", 0) * 4)
+        contest.judge()
+        rows = _measure(contest, grid, maker, manifest, decode_tokens, rounds, warmup, seed)
+        wrong = frozenset(e.info.name for e in contest.entries if e.info.sanity.ok is False)
+        return BenchReport(
+            bundle=opened.path.resolve().name,
+            source=found.label,
+            source_hash=manifest.source.hash,
+            task=manifest.task,
+            target=manifest.target,
+            dtype=manifest.dtype,
+            machine=_with_load(machine, contest),
+            settings={
+                "batch": list(batch), "sequence": list(sequence), "decode_tokens": decode_tokens,
+                "rounds": rounds, "warmup": warmup, "routing": list(routing), "threads": threads,
+                "seed": seed, "inputs": maker.described,
+            },
+            order=tuple(e.info.name for e in contest.entries),
+            contestants=tuple(e.info for e in contest.entries),
+            rows=rows,
+            ratios=make_ratios(rows, wrong),
+            skipped=tuple(contest.skipped),
+            notes=_notes(contest, maker, found),
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            seconds=round(time.monotonic() - began, 1),
+        )  # fmt: skip
+
+
+def _check_baselines(baselines: Sequence[str] | None) -> tuple[str, ...]:
+    if baselines is None:
+        return tuple(BASELINES)
+    for name in baselines:
+        if name not in BASELINES:
+            raise UsageError(f"baselines: unknown {name!r}; {choices_text(name, BASELINES)}")
+    return tuple(name for name in BASELINES if name in baselines)
+
+
+def _within(workload: Workload, most: int | None) -> Workload:
+    """The workload, no longer than an engine with a small maximum takes."""
+    if most is None or workload.sequence + CHECK_STEPS <= most:
+        return workload
+    return dataclasses.replace(workload, sequence=max(1, most - CHECK_STEPS))
+
+
+class _Entrants:
+    """Brings the baselines in, one after another."""
+
+    def __init__(
+        self, contest: Contest, source: BaselineSource, task: str, threads: int, cached: bool
+    ) -> None:
+        self._contest = contest
+        self._source = source
+        self._task = task
+        self._threads = threads
+        self._cached = cached
+
+    def enter(self, names: Sequence[str], model_bytes: int) -> None:
+        """``model_bytes``: size of the weights in float32."""
+        exported: dict[str, Any] | str | None = None
+        for name in names:
+            reason = self._cannot(name, model_bytes)
+            if reason:
+                self._contest.skip(name, reason)
+                continue
+            if name in (EXPORT, EXPORT_FUSED):
+                exported = exported if exported is not None else self._export()
+                if isinstance(exported, str):
+                    self._contest.skip(name, exported)
+                    continue
+                seconds = exported["plain_seconds" if name == EXPORT else "seconds"]
+                spec = {"folder": str(self._contest.folder / "export"), "threads": self._threads}
+                self._enter(name, spec, prepare_s=seconds)
+            else:
+                self._enter(name, self._model_spec(), source_hash=self._source.hash)
+
+    def _cannot(self, name: str, model_bytes: int) -> str:
+        """Why a baseline cannot even be tried; empty when it can."""
+        if self._source.reason:
+            return self._source.reason
+        if self._source.module is not None and name != EAGER:
+            return "the source is a live module, which only PyTorch eager runs without writing it to files"
+        import psutil
+
+        need = int(BASELINES[name].needs * model_bytes) + SPARE_BYTES
+        free = int(psutil.virtual_memory().available)
+        if need > free:
+            return f"it needs about {need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"
+        return ""
+
+    def _model_spec(self) -> dict[str, Any]:
+        return {"source": self._source.path, "task": self._task, "threads": self._threads}
+
+    def _enter(
+        self, name: str, spec: dict[str, Any], source_hash: str | None = None, prepare_s: float | None = None
+    ) -> None:
+        def seat() -> Seat:
+            if self._source.module is not None:
+                return LocalSeat(make_runner({"kind": name, **spec, "source": self._source.module}))
+            return ProcessSeat({"kind": name, **spec}, self._threads)
+
+        baseline = BASELINES[name]
+        self._contest.enter(
+            name,
+            baseline.title,
+            seat,
+            first_seconds=baseline.first_seconds,
+            source_hash=source_hash,
+            prepare_s=prepare_s,
+        )
+
+    def _export(self) -> dict[str, Any] | str:
+        """Export once for both contestants; what the exporter answered, or why it could not."""
+        spec = {
+            "kind": EXPORTER,
+            **self._model_spec(),
+            "folder": str(self._contest.folder / "export"),
+            "cached": self._cached,
+        }
+        with self._contest.progress.stage("export with transformers"):
+            seat = ProcessSeat(spec, self._threads)
+            try:
+                return seat.call("load", EXPORT_SECONDS)
+            except (NotPossible, Failed) as error:
+                return f"transformers' exporter: {error}"
+            finally:
+                seat.close()
+
+
+def _measure(
+    contest: Contest,
+    grid: Grid,
+    maker: InputMaker,
+    manifest: Any,
+    decode_tokens: int,
+    rounds: int,
+    warmup: int,
+    seed: int,
+) -> tuple[Row, ...]:
+    """The model's own routing first, so that peak memory and the tracing of routing do not meet."""
+    rows: list[Row] = []
+    experts = [layer.num_experts for layer in manifest.moe_layers]
+    real = [w for w in grid.workloads if w.routing == "real"]
+    files = {
+        w: contest.write(f"inputs-{i}", maker.inputs(w, decode_tokens)) for i, w in enumerate(grid.workloads)
+    }
+    for workload in real:
+        rows += contest.measure(workload, WorkloadFiles(files[workload]), rounds, warmup)
+    contest.note_memory()
+    loads: dict[Workload, float | None] = {}
+    for workload in (w for w in real if manifest.moe_layers and w.phase != "decode"):
+        output = contest.folder / "routing.npz"
+        answer = contest.engine().seat.call(
+            "routing", EXPORT_SECONDS, inputs=str(files[workload]), output=str(output)
+        )
+        if answer["layers"] == len(experts):
+            traced = read_arrays(output)
+            loads[workload] = imbalance([traced[str(i)] for i in range(len(experts))], experts)
+    for workload in (w for w in grid.workloads if w.routing != "real"):
+        plan = force_all(workload.routing, manifest.moe_layers, workload.tokens, seed)
+        loads[workload] = imbalance([ids for ids, _ in plan], experts)
+        forced = contest.folder / "forced.npz"
+        write_routing(forced, plan)
+        rows += contest.measure(workload, WorkloadFiles(files[workload], str(forced)), rounds, warmup)
+    return tuple(
+        dataclasses.replace(r, imbalance=loads.get(Workload(r.phase, r.batch, r.sequence, r.routing)))
+        for r in rows
+    )
+
+
+def _with_load(machine: Machine, contest: Contest) -> Machine:
+    return dataclasses.replace(machine, foreign_cores=contest.load.foreign_cores)
+
+
+def _notes(contest: Contest, maker: InputMaker, source: BaselineSource) -> tuple[str, ...]:
+    notes = [f"inputs are {maker.described}; all tokens are real, so no contestant pays for padding"]
+    if maker.described != "text":
+        notes.append("routing of random tokens differs from that of text: read the forced routings too")
+    if contest.load.foreign_cores is None:
+        notes.append("the run was too short to see what other processes used")
+    if source.module is not None:
+        notes.append("PyTorch eager ran in the caller's process, so its memory is not known")
+    if any(s.contestant == COMPILE and not s.workload for s in contest.skipped):
+        notes.append("torch.compile was skipped: the best alternative may be faster than the one shown")
+    return tuple(notes)
