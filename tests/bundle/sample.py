@@ -17,9 +17,7 @@ from moe_export.schema import Limits, Manifest, ModelIO, SourceInfo, TensorSpec,
 ROOT = Path(__file__).parents[2]
 
 
-def external_tensor(
-    name: str, location: str, shape: tuple[int, ...] = (4, 4), **entries: str
-) -> TensorProto:
+def external_tensor(name: str, location: str, shape: tuple[int, ...] = (4, 4), **entries: str) -> TensorProto:
     """A float32 tensor whose data lies at ``location``; ``entries``: offset, length or anything else."""
     tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=shape)
     tensor.data_location = TensorProto.EXTERNAL

@@ -55,9 +55,7 @@ def _in_loop_in_if(model: onnx.ModelProto, tensor: TensorProto) -> None:
 
 def _in_function(model: onnx.ModelProto, tensor: TensorProto) -> None:
     node = helper.make_node("Constant", [], ["k"], value=tensor)
-    model.functions.append(
-        helper.make_function("own", "F", [], ["k"], [node], [helper.make_opsetid("", 20)])
-    )
+    model.functions.append(helper.make_function("own", "F", [], ["k"], [node], [helper.make_opsetid("", 20)]))
 
 
 def _in_function_default(model: onnx.ModelProto, tensor: TensorProto) -> None:

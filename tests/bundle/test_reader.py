@@ -144,7 +144,9 @@ def test_broken_manifest(bundle: Path, content: bytes, message: str) -> None:
 
 def test_newer_schema_asks_for_an_upgrade_even_when_fields_differ(bundle: Path) -> None:
     edit_manifest(bundle, lambda m: (m.update(schema_version=SCHEMA_VERSION + 1, new=1), m.pop("io")))
-    with pytest.raises(BundleError, match=f"schema version {SCHEMA_VERSION + 1}.*reads up to.*--upgrade moe-exp"):
+    with pytest.raises(
+        BundleError, match=f"schema version {SCHEMA_VERSION + 1}.*reads up to.*--upgrade moe-exp"
+    ):
         open_bundle(bundle, trust=True)
 
 
@@ -176,7 +178,10 @@ def _set_path(path: str) -> Edit:
         (lambda m: m.update(dtype="float8"), "dtype 'float8' is unknown"),
         (lambda m: m.update(task="chat"), "task 'chat' is unknown"),
         (lambda m: m.update(extra=1), "unknown field 'extra'"),
-        (lambda m: m["io"]["inputs"].append(m["io"]["inputs"][0]), r"io.inputs\[1\].name 'x' is listed twice"),
+        (
+            lambda m: m["io"]["inputs"].append(m["io"]["inputs"][0]),
+            r"io.inputs\[1\].name 'x' is listed twice",
+        ),
         (lambda m: m["io"]["inputs"][0].update(shape=["batch", -4]), "negative dimension"),
         (lambda m: m["limits"].update(max_batch=0), "limits.max_batch is 0"),
         (lambda m: m["source"].update(kind="pickle"), "manifest.source.kind: expected one of"),
@@ -265,7 +270,9 @@ def test_unlisted_link_to_a_folder_is_refused(bundle: Path) -> None:
         open_bundle(bundle)
 
 
-@pytest.mark.parametrize("extra", ["evidence/parity.json", ".DS_Store", ".git/HEAD", "README.md", "build.lock"])
+@pytest.mark.parametrize(
+    "extra", ["evidence/parity.json", ".DS_Store", ".git/HEAD", "README.md", "build.lock"]
+)
 def test_harmless_extras_are_tolerated(bundle: Path, extra: str) -> None:
     (bundle / extra).parent.mkdir(parents=True, exist_ok=True)
     (bundle / extra).write_text("{}")
@@ -274,7 +281,13 @@ def test_harmless_extras_are_tolerated(bundle: Path, extra: str) -> None:
 
 @pytest.mark.parametrize(
     ("version", "fits"),
-    [("999.0.0", False), ("{major}.{next}.0", False), ("{major}.{minor}.99", True), ("1.0.0", True), ("?", True)],
+    [
+        ("999.0.0", False),
+        ("{major}.{next}.0", False),
+        ("{major}.{minor}.99", True),
+        ("1.0.0", True),
+        ("?", True),
+    ],
 )
 def test_runtime_newer_than_the_installed_one(bundle: Path, version: str, fits: bool) -> None:
     installed = major_minor(installed_version("onnxruntime") or "")
@@ -284,7 +297,9 @@ def test_runtime_newer_than_the_installed_one(bundle: Path, version: str, fits: 
     if fits:
         open_bundle(bundle)
         return
-    with pytest.raises(BundleError, match=f"built for onnxruntime {version}, installed is .*upgrade") as caught:
+    with pytest.raises(
+        BundleError, match=f"built for onnxruntime {version}, installed is .*upgrade"
+    ) as caught:
         open_bundle(bundle)
     assert "\n" not in str(caught.value)
 
@@ -345,7 +360,8 @@ def _places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 @given(data=st.data())
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_manifest_opens_or_is_refused(bundle: Path, data: st.DataObject) -> None:
-    """Replace, remove or add anything anywhere: a clear error or an opened bundle, never another exception."""
+    """Replace, remove or add anything anywhere: a clear error or an opened bundle, never another
+    exception."""
     path = bundle / "manifest.json"
     sound = path.read_text()
     manifest = json.loads(sound)

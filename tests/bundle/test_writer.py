@@ -89,9 +89,7 @@ def test_existing_output_is_refused_and_untouched(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two-renames"])
-def test_overwrite_replaces_a_bundle(
-    tmp_path: Path, exchange: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_overwrite_replaces_a_bundle(tmp_path: Path, exchange: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     output = make_bundle(tmp_path / "engine", notes=("old",))
     if not exchange:
         monkeypatch.setattr(swap, "_renameat2", lambda *_: False)
@@ -225,7 +223,11 @@ def _folder_link(folder: Path) -> None:
         (lambda p: None, {"text": None, "model_file": "../x"}, "model_file '../x' is not among"),
         (lambda p: None, {"dtype": "fp32"}, "dtype 'fp32' is unknown; nearest: float32"),
         (lambda p: None, {"task": "chat"}, "task 'chat' is unknown"),
-        (lambda p: None, {"evidence": {"parity": {"max": float("nan")}}}, "manifest.evidence.parity.max is nan"),
+        (
+            lambda p: None,
+            {"evidence": {"parity": {"max": float("nan")}}},
+            "manifest.evidence.parity.max is nan",
+        ),
         (lambda p: None, {"evidence": {"bench": [np.float32(1)]}}, r"evidence.bench\[0\] is a numpy.float32"),
     ],
 )

@@ -160,7 +160,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_full_disk(small_disk: Path) -> None:
     make_bundle(small_disk / "engine", notes=("old",))
     with (
-        pytest.raises(EnvironmentLacksError, match=rf"no space left in {small_disk} \(.* free\).*nothing was"),
+        pytest.raises(
+            EnvironmentLacksError, match=rf"no space left in {small_disk} \(.* free\).*nothing was"
+        ),
         BundleWriter(small_disk / "engine", overwrite=True) as writer,
     ):
         fill(writer.path)
