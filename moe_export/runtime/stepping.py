@@ -83,7 +83,7 @@ class CachedStepper(Stepper):
         if self._mask is not None:
             self._bind_mask(self._mask, mask, total)
         if self._positions is not None:
-            counts = self._counts + np.cumsum(mask, axis=1)
+            counts = self._counts + (mask if new == 1 else np.cumsum(mask, axis=1))
             self._positions_buffer[...] = np.maximum(counts - 1, 0)
             self._counts = counts[:, -1:]
         self._cache.bind(self._binding)

@@ -23,7 +23,7 @@ Ints = NDArray[np.int64]
 
 
 class TracedEngines:
-    """The instrumented forms of one model: routing shown, routing forced. Each is loaded once, on first use."""
+    """The instrumented forms of one model, routing shown or forced. Each is loaded once, on first use."""
 
     def __init__(self, plain: Engine, model_path: Path, manifest: Manifest, threads: int | None) -> None:
         """``plain``: the engine as it is, which serves where a model has no MoE layer."""
