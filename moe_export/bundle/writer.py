@@ -18,6 +18,7 @@ from types import FrameType, TracebackType
 from moe_export.bundle.lock import NO_SPACE, leftovers, no_space_text, output_lock, write_error
 from moe_export.bundle.manifest import MANIFEST_NAME, manifest_fault, write_manifest
 from moe_export.bundle.names import path_fault, shown
+from moe_export.bundle.reader import Bundle
 from moe_export.bundle.swap import replace_folder, sync_folder
 from moe_export.bundle.tools import tool_versions
 from moe_export.errors import BundleError, EnvironmentLacksError, MoeExportError, UsageError
@@ -123,6 +124,28 @@ class BundleWriter:
             UsageError, EnvironmentLacksError: the file system refuses.
         """
         temporary = self.path
+        self.stage(manifest)
+        try:
+            sync_folder(temporary)
+            stale = replace_folder(temporary, self._output, self._sibling("replaced"), self._overwrite)
+        except OSError as error:
+            if _says_no_space(error):
+                raise
+            raise write_error(error, self._output) from error
+        # From here on the output is complete; what lies at `stale`, the replaced bundle, is to be removed.
+        self._temporary = stale
+        self._remove_temporary()
+        return self._asked
+
+    def stage(self, manifest: Manifest) -> Bundle:
+        """Make what lies in :attr:`path` a bundle that can be opened there, so that it can be verified before
+        :meth:`commit` gives it its name. May be called again after files changed.
+
+        Raises:
+            BundleError: the manifest does not fit the files, or a file must not be in a bundle.
+            UsageError, EnvironmentLacksError: the file system refuses.
+        """
+        temporary = self.path
         complete = dataclasses.replace(
             manifest,
             files=self._hash_files(temporary),
@@ -134,16 +157,11 @@ class BundleWriter:
             raise BundleError(f"the bundle is not complete: {fault}")
         try:
             write_manifest(temporary, complete)
-            sync_folder(temporary)
-            stale = replace_folder(temporary, self._output, self._sibling("replaced"), self._overwrite)
         except OSError as error:
             if _says_no_space(error):
                 raise
             raise write_error(error, self._output) from error
-        # From here on the output is complete; what lies at `stale`, the replaced bundle, is to be removed.
-        self._temporary = stale
-        self._remove_temporary()
-        return self._asked
+        return Bundle(temporary, complete)
 
     def _hash_files(self, folder: Path) -> tuple[FileEntry, ...]:
         files: list[tuple[str, Path, int]] = []

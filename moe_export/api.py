@@ -1,0 +1,222 @@
+"""The library's entry points: :func:`export` and :func:`build`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .config import BuildConfig
+from .errors import CheckFailed
+from .progress import NullProgress, Progress
+from .schema import Limits, Manifest, TextInfo
+
+if TYPE_CHECKING:
+    from .bundle.reader import Bundle
+    from .bundle.writer import BundleWriter
+    from .importer.sources import LoadedSource
+    from .verify.result import ParityReport
+
+
+def export(
+    source: Any,
+    output: str | Path,
+    *,
+    task: str | None = None,
+    dtype: str = "float32",
+    opset: int = 20,
+    inputs: dict[str, Any] | None = None,
+    dynamic: dict[str, dict[int, str]] | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Export ``source`` to portable ONNX in the folder ``output``: no lowering, no checks of parity or speed.
+
+    Args:
+        source: model folder, ``file.py:function``, ``transformers`` model, or ``nn.Module`` with ``inputs``.
+        output: folder to make; holds ``model.onnx``, its weights, and ``manifest.json``.
+        inputs, dynamic: of an own module; see :func:`moe_export.importer.sources.load_source`.
+
+    Returns: the folder.
+
+    Raises:
+        UsageError, SourceError, ExportError, EnvironmentLacksError: see the message.
+    """
+    config = BuildConfig(target="portable", task=task, dtype=dtype, opset=opset, verify=False, bench=False,
+                         overwrite=overwrite, trust_remote_code=trust_remote_code)
+    return build(source, output, config, inputs=inputs, dynamic=dynamic, progress=progress).path
+
+
+def build(
+    source: Any,
+    output: str | Path,
+    config: BuildConfig | None = None,
+    *,
+    inputs: dict[str, Any] | None = None,
+    dynamic: dict[str, dict[int, str]] | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Bundle:
+    """Export, lower, write, verify and measure ``source``; one bundle with its evidence in the folder ``output``.
+
+    Args:
+        source, inputs, dynamic: as for :func:`export`.
+        config: every choice; ``options`` are fields of :class:`BuildConfig` and win.
+
+    Returns: the bundle. An unchanged build that is there already is returned as it is, and noted.
+
+    Raises:
+        CheckFailed: parity is outside its tolerances; the bundle is written and holds the report.
+        UsageError, SourceError, ExportError, EnvironmentLacksError: see the message; nothing is written.
+    """
+    from .bundle.cache import cache_key, find_unchanged
+    from .bundle.reader import open_bundle
+    from .bundle.writer import BundleWriter
+    from .importer.sources import load_source
+
+    config = dataclasses.replace(config or BuildConfig(), **options)
+    progress = progress or NullProgress()
+    output = Path(output)
+    loaded = load_source(source, task=config.task, inputs=inputs, dynamic=dynamic,
+                         trust_remote_code=config.trust_remote_code, progress=progress)
+    key = cache_key(loaded.info.hash, config.key_fields())
+    unchanged = find_unchanged(output, key, progress=progress) if output.exists() else None
+    if unchanged is not None:
+        progress.note(f"{output} is unchanged: same source, options and tools; nothing to build")
+        _raise_if_failed(unchanged)
+        return unchanged
+    weight_bytes = sum(p.numel() for p in loaded.module.parameters()) * (4 if config.dtype == "float32" else 2)
+    with BundleWriter(output, overwrite=config.overwrite, required_bytes=int(weight_bytes * 1.1) + (1 << 20),
+                      progress=progress) as writer:
+        manifest = _write_engine(loaded, config, writer, progress)
+        manifest = dataclasses.replace(manifest, evidence={**manifest.evidence, "cache_key": key})
+        manifest = _gather_evidence(loaded, config, writer, manifest, progress)
+        writer.commit(manifest)
+    bundle = open_bundle(output, trust=True)
+    _raise_if_failed(bundle)
+    return bundle
+
+
+def _raise_if_failed(bundle: Bundle) -> None:
+    parity = bundle.manifest.evidence.get("parity")
+    if isinstance(parity, dict) and parity.get("passed") is False:
+        raise CheckFailed(f"{bundle.path}: parity with the source failed; the bundle is written for you to look at, see "
+                          f"{bundle.path / 'report.html'} or run: moe-export verify {bundle.path}")
+
+
+def _write_engine(
+    loaded: LoadedSource, config: BuildConfig, writer: BundleWriter, progress: Progress
+) -> Manifest:
+    from .backends import get_backend
+    from .importer.export import export_model
+    from .inspect import count_parameters
+
+    exported = export_model(loaded, dtype=config.dtype, opset=config.opset, progress=progress)
+    with progress.stage(f"lower for {config.target}"):
+        lowered = get_backend(config.target).build(
+            exported, writer.path, {"expert_lowering": config.expert_lowering, "threads": config.threads}
+        )
+    count = count_parameters(loaded.module, getattr(loaded.module, "config", None))
+    parameters = {"total": count.total, "active": count.active,
+                  "active_without_embeddings": count.active_without_embeddings}
+    text = _copy_tokenizer(loaded, writer.path)
+    return Manifest(
+        source=loaded.info, task=loaded.task, target=config.target, dtype=config.dtype, opset=config.opset,
+        io=lowered.io, limits=Limits(config.max_batch, _max_sequence(loaded, config)), moe_layers=lowered.moe_layers,
+        decisions=lowered.decisions, notes=lowered.notes, text=text,
+        parameters={k: int(v) for k, v in parameters.items() if v is not None},
+    )
+
+
+def _max_sequence(loaded: LoadedSource, config: BuildConfig) -> int | None:
+    """What was asked for, but never more than the positions the model was made for."""
+    from .errors import UsageError
+
+    model_config = getattr(loaded.module, "config", None)
+    if model_config is None or loaded.kind != "huggingface":
+        return config.max_sequence
+    limit = getattr(model_config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return config.max_sequence
+    if config.max_sequence is not None and config.max_sequence > limit:
+        raise UsageError(f"max_sequence: {config.max_sequence} is beyond the {limit} positions the model was made for")
+    return config.max_sequence or limit
+
+
+def _copy_tokenizer(loaded: LoadedSource, folder: Path) -> TextInfo | None:
+    if loaded.text is None:
+        return None
+    if loaded.text.tokenizer is not None:
+        target = folder / loaded.text.tokenizer
+        target.mkdir()
+        for file in loaded.tokenizer_files:
+            shutil.copyfile(file, target / file.name)
+    return loaded.text
+
+
+def _gather_evidence(
+    loaded: LoadedSource, config: BuildConfig, writer: BundleWriter, manifest: Manifest, progress: Progress
+) -> Manifest:
+    """Verify and measure the engine where it lies, before it gets its name; write reports beside it."""
+    if not (config.verify or config.bench):
+        return manifest
+    from .report.html import write_report
+
+    staged = writer.stage(manifest)
+    evidence = writer.path / "evidence"
+    evidence.mkdir(exist_ok=True)
+    summaries: dict[str, Any] = {}
+    parity = bench = usage = None
+    if config.verify:
+        from .verify import verify_bundle
+        from .verify.write import write_reports
+
+        report = _verify(verify_bundle, loaded, config, writer.path, progress)
+        write_reports(report, evidence)
+        parity = report.to_dict()
+        summaries["parity"] = report.summary()
+        usage = _usage(writer.path, config, progress)
+        if usage is not None:
+            (evidence / "usage.json").write_text(json.dumps(usage, indent=2) + "\n", encoding="utf-8")
+    if config.bench:
+        from .bench import bench_bundle
+
+        chosen = {"batch": config.bench_batches, "sequence": config.bench_sequences, "rounds": config.bench_rounds}
+        measured = bench_bundle(
+            writer.path, source=loaded.module if loaded.path is None else str(loaded.path), threads=config.threads,
+            seed=config.seed, trust=True, progress=progress, **{k: v for k, v in chosen.items() if v is not None},
+        )
+        bench = measured.to_dict()
+        summaries["bench"] = measured.summary()
+        (evidence / "bench.json").write_text(json.dumps(bench, indent=2) + "\n", encoding="utf-8")
+    manifest = dataclasses.replace(manifest, evidence={**manifest.evidence, **summaries})
+    staged = writer.stage(manifest)
+    write_report(staged, parity=parity, bench=bench, usage=usage)
+    return manifest
+
+
+def _verify(
+    verify_bundle: Any, loaded: LoadedSource, config: BuildConfig, folder: Path, progress: Progress
+) -> ParityReport:
+    from .models.reference import ReferenceModel
+
+    report: ParityReport = verify_bundle(
+        folder, against=ReferenceModel(loaded), trust=True, tolerances=config.tolerances or None, seed=config.seed,
+        threads=config.threads, progress=progress,
+    )
+    return report
+
+
+def _usage(folder: Path, config: BuildConfig, progress: Progress) -> dict[str, Any] | None:
+    """How often each expert is chosen on the verification text; None without experts or tokenizer."""
+    from .bundle.reader import open_bundle
+    from .inspect.tracing import trace_path
+    from .verify.texts import CODE, PROSE
+
+    manifest = open_bundle(folder, trust=True).manifest
+    if not manifest.moe_layers or manifest.text is None or manifest.text.tokenizer is None:
+        return None
+    return trace_path(folder, PROSE + CODE, threads=config.threads, trust=True).to_dict()

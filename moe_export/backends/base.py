@@ -1,0 +1,77 @@
+"""A backend turns the portable model into what its target runs, and writes it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..passes.base import PassContext
+from ..passes.pipelines import run_pipeline
+from ..schema import Decision, ModelIO, MoELayer
+
+if TYPE_CHECKING:
+    from ..importer.export import ExportedModel
+
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What a backend wrote."""
+
+    io: ModelIO
+    moe_layers: tuple[MoELayer, ...]
+    decisions: tuple[Decision, ...]
+    notes: tuple[str, ...]
+
+
+class Backend(ABC):
+    """One target. Subclasses name it and write :meth:`_write`."""
+
+    name: str
+    summary: str
+
+    def build(self, exported: ExportedModel, folder: Path, options: Mapping[str, Any]) -> Lowered:
+        """Lower ``exported`` with the target's pipeline and write ``model.onnx`` and its weights into ``folder``.
+
+        Raises:
+            ExportError: a pass broke the graph. OSError: the folder cannot be written.
+        """
+        context = PassContext(
+            exported.model, exported.io, exported.moe_layers, exported.dtype, exported.opset, dict(options),
+            list(exported.decisions), list(exported.notes),
+        )
+        run_pipeline(self.name, context)
+        self._write(context, folder)
+        return Lowered(context.io, context.layers, tuple(context.decisions), tuple(context.notes))
+
+    @abstractmethod
+    def _write(self, context: PassContext, folder: Path) -> None:
+        """Write the lowered model."""
+
+
+def write_onnx(context: PassContext, folder: Path, *, standard_only: bool) -> None:
+    """Write ``model.onnx`` with its weights in ``model.onnx.data`` and check it.
+
+    ``standard_only``: the graph holds standard ops and ours, so the checker can infer every shape.
+
+    Raises:
+        ExportError: the file is not valid ONNX (a defect of moe-export).
+    """
+    import onnx
+    import onnx_ir as ir
+
+    from ..errors import ExportError
+
+    model = context.model
+    model.graph.sort()
+    model.ir_version = 10
+    ir.save(model, folder / MODEL_FILE, external_data=DATA_FILE)
+    try:
+        onnx.checker.check_model(str(folder / MODEL_FILE), full_check=standard_only)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"the written model is not valid ONNX: {str(error).splitlines()[0]}") from error
