@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ...errors import ExportError
 from ...passes.base import PassContext
-from ..base import Backend, write_onnx
+from ..base import MODEL_FILE, Backend, write_onnx
 
 
 class PortableBackend(Backend):
@@ -15,4 +16,10 @@ class PortableBackend(Backend):
     summary = "standard ONNX and moe_export ops with function bodies; runs in any ONNX runtime"
 
     def _write(self, context: PassContext, folder: Path) -> None:
-        write_onnx(context, folder, standard_only=True)
+        import onnx
+
+        write_onnx(context, folder)
+        try:
+            onnx.checker.check_model(str(folder / MODEL_FILE), full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise ExportError(f"the written model is not valid ONNX: {str(error).splitlines()[0]}") from error
