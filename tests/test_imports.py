@@ -30,9 +30,19 @@ LAYERS = (
 # Side by side in one layer, yet strangers to each other.
 STRANGERS = {
     ("passes", "models"), ("passes", "importer"), ("models", "passes"), ("importer", "passes"),
-    ("bundle", "models"), ("bundle", "importer"), ("bundle", "passes"), ("bundle", "graph"), ("bundle", "ops"),
+    ("bundle", "models"), ("bundle", "importer"), ("bundle", "passes"), ("bundle", "graph"),
 }  # fmt: skip
-HEAVY = {"torch", "transformers", "onnx", "onnxruntime", "onnxscript", "onnx_ir", "matplotlib", "jinja2", "rich"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "onnx_ir",
+    "matplotlib",
+    "jinja2",
+    "rich",
+}
 
 
 def height(part: str) -> int:
@@ -100,7 +110,9 @@ def test_only_the_command_line_knows_click(path: Path) -> None:
 
 
 def _python(script: str) -> str:
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 

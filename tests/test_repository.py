@@ -12,8 +12,12 @@ ROOT = Path(__file__).resolve().parent.parent
 MOST_LINES = 400
 
 # Written in pieces, so that this file is not a finding itself.
-MACHINE_PATHS = re.compile("|".join(["/wor" + "k/", "/ro" + "ot/", "/ho" + "me/[a-z]+/", r"/tm" + r"p/[a-z]"]))
-REGISTRY_HOSTS = re.compile("|".join([r"pypi" + r"\.org", r"pythonhosted" + r"\.org", r"registry\.npmjs", r"deb\.debian"]))
+MACHINE_PATHS = re.compile(
+    "|".join(["/wor" + "k/", "/ro" + "ot/", "/ho" + "me/[a-z]+/", r"/tm" + r"p/[a-z]"])
+)
+REGISTRY_HOSTS = re.compile(
+    "|".join([r"pypi" + r"\.org", r"pythonhosted" + r"\.org", r"registry\.npmjs", r"deb\.debian"])
+)
 
 
 def tracked(*patterns: str) -> list[Path]:

@@ -19,8 +19,8 @@ HEAD = """\
 
 Written by `tools/generate_cli_doc.py` from the commands' own help; a test fails when it is stale.
 
-Results go to stdout, progress and errors to stderr. With `--json` stdout holds JSON and nothing else. Progress is a
-bar on a terminal and plain lines elsewhere.
+Results go to stdout, progress and errors to stderr. With `--json` stdout holds JSON and nothing else.
+Progress is a bar on a terminal and plain lines elsewhere.
 
 | exit code | meaning |
 |---|---|
@@ -48,7 +48,7 @@ _MOE_EXPORT_COMPLETE=fish_source moe-export | source     # in ~/.config/fish/con
 def page() -> str:
     """The whole page as Markdown."""
     parts = [HEAD]
-    root = click.Context(cli, info_name="moe-export")
+    root = click.Context(cli, info_name="moe-export", **cli.context_settings)
     for name in COMMANDS:
         command = cli.get_command(root, name)
         assert command is not None
@@ -65,9 +65,12 @@ def _sections(command: click.Command, parent: click.Context, name: str) -> list[
         for child in command.list_commands(context):
             found = command.get_command(context, child)
             assert found is not None
-            parts += ["#" + line if line.startswith("## ") else line for line in _sections(found, context, child)]
+            parts += [
+                "#" + line if line.startswith("## ") else line for line in _sections(found, context, child)
+            ]
         return parts
-    rows = [record for p in command.get_params(context) if (record := p.get_help_record(context)) is not None]
+    records = [p.get_help_record(context) for p in command.get_params(context)]
+    rows = [record for record in records if record is not None and record[1]]
     parts += ["| option | meaning |", "|---|---|"]
     parts += [f"| `{_cell(names)}` | {_cell(text)} |" for names, text in rows]
     return [*parts, ""]
@@ -80,7 +83,9 @@ def _cell(text: str) -> str:
 def main() -> int:
     """Write the page, or with --check tell whether it is fresh."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 when the page is stale")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with 1 when the page is stale"
+    )
     arguments = parser.parse_args()
     text = page()
     if arguments.check:

@@ -18,7 +18,7 @@ from moe_export.config import EXPERT_LOWERINGS, TARGETS, load_config_file, merge
 from moe_export.schema import DTYPES, TASKS
 
 
-@click.command("build")
+@click.command("build", short_help="Build an engine: export, lower, build, verify, bench.")
 @click.argument("source")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the bundle.")
 @click.option("--target", type=click.Choice(TARGETS), help="What the engine runs on.  [default: onnxruntime]")

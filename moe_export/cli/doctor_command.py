@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from moe_export.inspect.environment import Environment
 
 
-@click.command("doctor")
+@click.command("doctor", short_help="Show what is installed and what each target lacks.")
 @click.option("--target", type=click.Choice(TARGETS), help="Ask about this target only for the exit code.")
 @json_option
 @common_options

@@ -7,25 +7,26 @@ from typing import Any
 
 import click
 
-from moe_export.cli.options import common_options, json_option, quiet_option
+from moe_export.cli.options import common_options, json_option, quiet_option, trust_remote_code_option
 from moe_export.config import DEFAULT_OPSET
 from moe_export.schema import DTYPES, TASKS
 
 
-@click.command("export")
+@click.command("export", short_help="Export SOURCE to portable ONNX, nothing more.")
 @click.argument("source")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Numbers.")
 @click.option("--task", type=click.Choice(TASKS), help="What the model is for.  [default: from the model]")
 @click.option("--opset", type=int, default=DEFAULT_OPSET, show_default=True, help="ONNX opset.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier export at the output.")
+@trust_remote_code_option
 @json_option
 @quiet_option
 @common_options
 def command(source: str, output: Path, as_json: bool, quiet: bool, **options: Any) -> int:
     """Export SOURCE to portable ONNX only: standard ops, and moe_export ops with function bodies.
 
-    The file runs in any ONNX runtime without a library of moe-export.
+    model.onnx runs in any ONNX runtime, without a library of moe-export. Nothing is verified or measured.
     """
     from moe_export.api import export
     from moe_export.cli.output import print_json

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from moe_export.inspect.summary import ModelSummary
 
 
-@click.command("inspect")
+@click.command("inspect", short_help="Show parameters, MoE layers and routing.")
 @click.argument("path", metavar="SOURCE|BUNDLE")
 @trust_remote_code_option
 @json_option

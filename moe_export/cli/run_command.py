@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from moe_export.runtime.session import Session
 
 
-@click.command("run")
+@click.command("run", short_help="Run an engine: text or tensors in and out.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--prompt", help="Text to continue.  [default: stdin]")
 @click.option("--prompt-ids", type=IntList(minimum=0), help="Token ids to continue.")
@@ -48,8 +48,8 @@ def command(
 ) -> int:
     """Run an engine: a prompt in and text out, or tensors from .npz in and .npz out.
 
-    Of stdin one line end at the very end is left out. Text is printed as it is generated; --json prints the whole result at the end instead. Timing goes to
-    stderr.
+    Of stdin one line end at the very end is left out. Text is printed as it is generated; --json prints
+    the whole result at the end instead. Timing goes to stderr.
     """
     from moe_export.runtime.session import load
 

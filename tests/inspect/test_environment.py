@@ -38,7 +38,9 @@ def test_missing_and_broken_packages_are_told_apart() -> None:
 
 
 def test_a_target_says_what_it_lacks_and_how_to_get_it() -> None:
-    packages = {known.module: environment._package(known, try_import=False) for known in environment._PACKAGES}
+    packages = {
+        known.module: environment._package(known, try_import=False) for known in environment._PACKAGES
+    }
     packages["torch"] = Package("torch", None, "", "pip install torch")
     target = environment._target("onnxruntime", packages)
     assert not target.available

@@ -15,8 +15,8 @@ from moe_export.models.families import FAMILIES
 
 CONFIGS = json.loads((Path(__file__).parent / "published_configs.json").read_text())
 
-# Billions: total, active, active without input embeddings; layers, E, K. Stated by the vendors (46.7/12.9, 141/39,
-# 671/37, 30.5/3.3, 20.9/3.6, 116.8/5.1, 6.9/1.3) to the digits they give.
+# Billions: total, active, active without input embeddings; layers, E, K. The vendors state 46.7/12.9, 141/39,
+# 671/37, 30.5/3.3, 20.9/3.6, 116.8/5.1 and 6.9/1.3.
 PUBLISHED = {
     "Mixtral-8x7B": (46.703, 12.880, 12.749, 32, 8, 2),
     "Mixtral-8x22B": (140.621, 39.152, 38.955, 56, 8, 2),
@@ -98,7 +98,9 @@ def test_own_module_list() -> None:
     model = torch.nn.Sequential(_OwnBlock(6, 2), torch.nn.Linear(8, 8), _OwnBlock(6, 2))
     blocks = find_expert_blocks(model)
     assert [block.name for block in blocks] == ["0.experts", "2.experts"]
-    assert [(b.num_experts, b.top_k, b.hidden_size, b.intermediate_size) for b in blocks] == [(6, 2, 8, 16)] * 2
+    assert [(b.num_experts, b.top_k, b.hidden_size, b.intermediate_size) for b in blocks] == [
+        (6, 2, 8, 16)
+    ] * 2
     expert = 8 * 16 + 16 + 16 * 8 + 8
     count = count_parameters(model)
     assert count.total == 2 * (8 * expert + 8 * 6 + 6) + 72
@@ -167,7 +169,7 @@ def meta_model_of(cls: type[torch.nn.Module], config: object) -> torch.nn.Module
 
 
 def test_identity_experts_hold_no_active_weights() -> None:
-    """LongCat-Flash: 4 experts with weights and 2 without, 3 of the 6 are chosen; the rows of the 2 are never used."""
+    """4 experts with weights, 2 without, 3 of the 6 are chosen; the rows of the 2 are never used."""
     family = FAMILIES["longcat_flash"]
     from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
 
@@ -187,7 +189,11 @@ def test_identity_experts_hold_no_active_weights() -> None:
         ("{}", SourceError, "model_type"),
         ('{"model_type": "mixtrl"}', UnsupportedModelError, "nearest: .*mixtral"),
         ('{"model_type": "mixtral", "num_attention_heads": "many"}', SourceError, "config.json"),
-        ('{"model_type": "mine", "auto_map": {"AutoConfig": "c.C"}}', UnsupportedModelError, "trust-remote-code"),
+        (
+            '{"model_type": "mine", "auto_map": {"AutoConfig": "c.C"}}',
+            UnsupportedModelError,
+            "trust-remote-code",
+        ),
     ],
 )
 def test_bad_config(tmp_path: Path, text: str, error: type[Exception], match: str) -> None:

@@ -16,7 +16,9 @@ from moe_export.trace import LayerTrace
 def _trace(ids: list[list[int]], index: int = 0, weight: float = 0.5) -> LayerTrace:
     array = np.array(ids, np.int32)
     hidden = np.zeros((len(ids), 2), np.float32)
-    return LayerTrace(index, f"layers.{index}", array, np.full(array.shape, weight, np.float32), hidden, hidden)
+    return LayerTrace(
+        index, f"layers.{index}", array, np.full(array.shape, weight, np.float32), hidden, hidden
+    )
 
 
 def _usage(counts: list[int]) -> LayerUsage:
@@ -41,7 +43,12 @@ def test_counts_add_up_over_runs() -> None:
 
 @pytest.mark.parametrize(
     ("counts", "entropy", "load", "unused"),
-    [([5, 5, 5, 5], 1.0, 1.0, 0), ([20, 0, 0, 0], 0.0, 4.0, 3), ([0, 0], 0.0, 0.0, 2), ([10, 10, 0, 0], 0.5, 2.0, 2)],
+    [
+        ([5, 5, 5, 5], 1.0, 1.0, 0),
+        ([20, 0, 0, 0], 0.0, 4.0, 3),
+        ([0, 0], 0.0, 0.0, 2),
+        ([10, 10, 0, 0], 0.5, 2.0, 2),
+    ],
 )
 def test_balance_numbers(counts: list[int], entropy: float, load: float, unused: int) -> None:
     layer = _usage(counts)

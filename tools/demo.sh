@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# The main job from end to end on the model that ships with the repository: build an engine, verify it against its
+# source, measure the speed-up, generate text. `make demo` runs it; needs `moe-export` on the PATH.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+model=examples/byte-mixtral
+bundle=${1:-out/demo}
+
+run() {
+    printf '\n$ %s\n' "$*"
+    "$@"
+}
+
+run moe-export build "$model" -o "$bundle" --overwrite
+run moe-export verify "$bundle"
+run moe-export run "$bundle" --prompt 'def read_lines(path):' --max-new-tokens 160
+
+printf '\nThe whole report: %s\n' "$bundle/evidence/report.html"
