@@ -44,8 +44,11 @@ BROKEN: dict[str, str] = {
 """Every defect :func:`make_tiny_bundle` can build in, and what it does to the graph."""
 
 
-class _Graph:
-    """Collects nodes and constants; an array passed as an input becomes an initialiser."""
+class GraphBuilder:
+    """Collects nodes and constants of an ONNX graph.
+
+    Calling it adds a node and returns its output name(s); an array passed as an input becomes an initialiser.
+    """
 
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
@@ -65,18 +68,33 @@ class _Graph:
         self.nodes.append(helper.make_node(op, names, results, name=stem, **attributes))
         return results[0] if len(results) == 1 else results
 
+    def model(self, io: ModelIO) -> onnx.ModelProto:
+        """The model with these inputs and outputs, checked."""
+
+        def infos(specs: tuple[TensorSpec, ...]) -> list[onnx.ValueInfoProto]:
+            kinds = {"float32": "FLOAT", "float16": "FLOAT16"}
+            types = [TensorProto.DataType.Value(kinds.get(s.dtype, s.dtype.upper())) for s in specs]
+            return [
+                helper.make_tensor_value_info(s.name, t, s.shape) for s, t in zip(specs, types, strict=True)
+            ]
+
+        graph = helper.make_graph(self.nodes, "tiny", infos(io.inputs), infos(io.outputs), self.initializers)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+        onnx.checker.check_model(model, full_check=True)
+        return model
+
 
 def _ints(*values: int) -> NDArray[np.int64]:
     return np.array(values, np.int64)
 
 
-def _rms_norm(g: _Graph, x: str, gain: NDArray[Any]) -> str:
+def _rms_norm(g: GraphBuilder, x: str, gain: NDArray[Any]) -> str:
     mean = g("ReduceMean", g("Mul", x, x), _ints(-1), keepdims=1)
     root = g("Sqrt", g("Add", mean, np.float32(tiny.EPSILON)))
     return str(g("Mul", g("Div", x, root), gain))
 
 
-def _rope_tables(g: _Graph, positions: str) -> tuple[str, str]:
+def _rope_tables(g: GraphBuilder, positions: str) -> tuple[str, str]:
     inverse = tiny.ROPE_BASE ** (-np.arange(0, tiny.HEAD_DIM, 2) / tiny.HEAD_DIM)
     frequencies = np.concatenate([inverse, inverse]).astype(np.float32)
     column = g("Unsqueeze", g("Cast", positions, to=TensorProto.FLOAT), _ints(1, 3))
@@ -84,18 +102,18 @@ def _rope_tables(g: _Graph, positions: str) -> tuple[str, str]:
     return g("Cos", angles), g("Sin", angles)
 
 
-def _rotate(g: _Graph, x: str, tables: tuple[str, str]) -> str:
+def _rotate(g: GraphBuilder, x: str, tables: tuple[str, str]) -> str:
     first, second = g("Split", x, axis=-1, num_outputs=2, outputs=2)
     swapped = g("Concat", g("Neg", second), first, axis=-1)
     return str(g("Add", g("Mul", x, tables[0]), g("Mul", swapped, tables[1])))
 
 
-def _heads(g: _Graph, x: str, projection: NDArray[Any], count: int) -> str:
+def _heads(g: GraphBuilder, x: str, projection: NDArray[Any], count: int) -> str:
     shaped = g("Reshape", g("MatMul", x, projection), _ints(0, 0, count, tiny.HEAD_DIM))
     return str(g("Transpose", shaped, perm=[0, 2, 1, 3]))
 
 
-def _repeat_heads(g: _Graph, x: str) -> str:
+def _repeat_heads(g: GraphBuilder, x: str) -> str:
     """[B, KV_HEADS, S, D] → [B, HEADS, S, D], each head repeated in place."""
     times = tiny.HEADS // tiny.KV_HEADS
     wide = g("Concat", *[g("Unsqueeze", x, _ints(2))] * times, axis=2)
@@ -110,7 +128,7 @@ def _repeat_heads(g: _Graph, x: str) -> str:
     return str(g("Reshape", wide, target))
 
 
-def _attention_bias(g: _Graph) -> str:
+def _attention_bias(g: GraphBuilder) -> str:
     """Additive mask [B, 1, sequence, total]: key j is visible to query i if j ≤ past + i and unmasked."""
     total = g("Squeeze", g("Shape", "attention_mask", start=1, end=2))
     sequence = g("Squeeze", g("Shape", "input_ids", start=1, end=2))
@@ -122,7 +140,7 @@ def _attention_bias(g: _Graph) -> str:
 
 
 def _attention(
-    g: _Graph,
+    g: GraphBuilder,
     i: int,
     layer: TinyLayer,
     x: str,
@@ -130,12 +148,15 @@ def _attention(
     late: tuple[str, str],
     bias: str,
     broken: Any,
+    cache: bool,
 ) -> str:
     query = _rotate(g, _heads(g, x, layer.query, tiny.HEADS), late if broken == "rope_offset" else tables)
     new_key = _rotate(g, _heads(g, x, layer.key, tiny.KV_HEADS), tables)
     new_value = _heads(g, x, layer.value, tiny.KV_HEADS)
-    key = g("Concat", f"past.{i}.key", new_key, axis=2, out=f"present.{i}.key")
-    value = g("Concat", f"past.{i}.value", new_value, axis=2, out=f"present.{i}.value")
+    key, value = new_key, new_value
+    if cache:
+        key = g("Concat", f"past.{i}.key", new_key, axis=2, out=f"present.{i}.key")
+        value = g("Concat", f"past.{i}.value", new_value, axis=2, out=f"present.{i}.value")
     if broken == "cache_shifted":
         past = f"past.{i}.value"
         last = g("Slice", past, _ints(-1), _ints(2**31), _ints(2))
@@ -149,7 +170,7 @@ def _attention(
     return str(g("MatMul", flat, layer.attention_out))
 
 
-def _moe(g: _Graph, i: int, layer: TinyLayer, x: str, broken: Any) -> str:
+def _moe(g: GraphBuilder, i: int, layer: TinyLayer, x: str, broken: Any) -> str:
     """Routes over [T, H] and computes every expert densely; an expert id of -1 contributes nothing."""
     hidden = g("Reshape", x, _ints(-1, tiny.HIDDEN), out=f"moe.{i}.hidden")
     scores = g("MatMul", hidden, layer.router)
@@ -180,15 +201,15 @@ def _moe(g: _Graph, i: int, layer: TinyLayer, x: str, broken: Any) -> str:
     return str(g("Mul", g("Squeeze", mixed, _ints(1)), factor, out=f"moe.{i}.output"))
 
 
-def tiny_io() -> ModelIO:
+def tiny_io(cache: bool = True) -> ModelIO:
     """Inputs and outputs of the tiny engine."""
     shape: tuple[int | str, ...] = ("batch", tiny.KV_HEADS, "past", tiny.HEAD_DIM)
-    names = [f"{i}.{kind}" for i in range(tiny.LAYERS) for kind in ("key", "value")]
+    names = [f"{i}.{kind}" for i in range(tiny.LAYERS * cache) for kind in ("key", "value")]
     grown = tuple("total" if d == "past" else d for d in shape)
     return ModelIO(
         inputs=(
             TensorSpec("input_ids", "int64", ("batch", "sequence"), "token_ids"),
-            TensorSpec("attention_mask", "int64", ("batch", "total"), "mask"),
+            TensorSpec("attention_mask", "int64", ("batch", "total" if cache else "sequence"), "mask"),
             TensorSpec("position_ids", "int64", ("batch", "sequence"), "positions"),
             *(TensorSpec(f"past.{n}", "float32", shape, "cache", f"present.{n}") for n in names),
         ),
@@ -217,11 +238,16 @@ def _moe_layer(index: int) -> MoELayer:
     )
 
 
-def build_tiny_model(weights: TinyWeights, broken: str | None = None) -> onnx.ModelProto:
-    """The tiny model as ONNX with its weights inside, with the defect ``broken`` of :data:`BROKEN`."""
+def build_tiny_model(
+    weights: TinyWeights, broken: str | None = None, *, cache: bool = True
+) -> onnx.ModelProto:
+    """The tiny model as ONNX with its weights inside, with the defect ``broken`` of :data:`BROKEN`.
+
+    Without ``cache`` it has no past inputs and no present outputs.
+    """
     if broken is not None and broken not in BROKEN:
         raise ValueError(f"broken={broken!r}; choices: {', '.join(BROKEN)}")
-    g = _Graph()
+    g = GraphBuilder()
     x = g("Gather", weights.embedding, "input_ids")
     bias = _attention_bias(g)
     tables = _rope_tables(g, "position_ids")
@@ -229,21 +255,14 @@ def build_tiny_model(weights: TinyWeights, broken: str | None = None) -> onnx.Mo
     here = {"expert_swapped": 1, "token_dropped": 1}.get(broken or "", 0)
     for i, layer in enumerate(weights.layers):
         defect = broken if i == here else None
-        mixed = _attention(g, i, layer, _rms_norm(g, x, layer.attention_norm), tables, late, bias, defect)
+        mixed = _attention(
+            g, i, layer, _rms_norm(g, x, layer.attention_norm), tables, late, bias, defect, cache
+        )
         x = g("Add", x, mixed)
         flat = _moe(g, i, layer, _rms_norm(g, x, layer.moe_norm), defect)
         x = g("Add", x, g("Reshape", flat, g("Shape", x)))
     g("MatMul", _rms_norm(g, x, weights.final_norm), weights.head, out="logits")
-    io = tiny_io()
-    onnx_types = {"int64": TensorProto.INT64, "float32": TensorProto.FLOAT}
-    infos = [
-        [helper.make_tensor_value_info(t.name, onnx_types[t.dtype], t.shape) for t in tensors]
-        for tensors in (io.inputs, io.outputs)
-    ]
-    graph = helper.make_graph(g.nodes, "tiny", infos[0], infos[1], g.initializers)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    onnx.checker.check_model(model, full_check=True)
-    return model
+    return g.model(tiny_io(cache))
 
 
 def write_tiny_tokenizer(folder: Path) -> None:
@@ -282,6 +301,7 @@ def make_tiny_bundle(
     max_batch: int | None = 8,
     max_sequence: int | None = 64,
     tokenizer: bool = True,
+    cache: bool = True,
 ) -> Path:
     """Write a bundle of the tiny model into ``dir`` (created, must be empty) and return ``dir``.
 
@@ -290,7 +310,7 @@ def make_tiny_bundle(
     dir = Path(dir)
     dir.mkdir(parents=True, exist_ok=True)
     weights = TinyWeights.make(seed)
-    model = build_tiny_model(weights, broken)
+    model = build_tiny_model(weights, broken, cache=cache)
     onnx.save(
         model,
         str(dir / "model.onnx"),
@@ -312,7 +332,7 @@ def make_tiny_bundle(
             target="onnxruntime",
             dtype="float32",
             opset=20,
-            io=tiny_io(),
+            io=tiny_io(cache),
             limits=Limits(max_batch, max_sequence),
             moe_layers=tuple(_moe_layer(i) for i in range(tiny.LAYERS)),
             text=TextInfo(

@@ -97,7 +97,11 @@ def test_forced_drop_gives_no_output(tiny: Session, batch: Batch) -> None:
 def test_forcing_the_reference_hides_a_broken_router_only(tmp_path: Path, batch: Batch) -> None:
     real = batch["attention_mask"].astype(bool)
     want = TinyReference().run(batch)
-    for broken, healed in (("router_bias_dropped", True), ("no_renormalise", True), ("expert_swapped", False)):
+    for broken, healed in (
+        ("router_bias_dropped", True),
+        ("no_renormalise", True),
+        ("expert_swapped", False),
+    ):
         with load(make_tiny_bundle(tmp_path / broken, broken=broken), threads=1) as session:
             forced = session.run_traced(batch, force_routing=want.layers).outputs["logits"]
         error = np.abs(forced - want.outputs["logits"])[real].max()
@@ -110,8 +114,14 @@ def test_forcing_the_reference_hides_a_broken_router_only(tmp_path: Path, batch:
         (lambda layers: layers[:1], "has 1 layers; the bundle has 2"),
         (lambda layers: layers[::-1], "got the trace of layer 1"),
         (lambda layers: [dataclasses.replace(t, expert_ids=t.expert_ids[:, :1]) for t in layers], "shape"),
-        (lambda layers: [dataclasses.replace(t, expert_ids=t.expert_ids + 4) for t in layers], "-1 .dropped. to 3"),
-        (lambda layers: [dataclasses.replace(t, weights=t.weights[:-1]) for t in layers], "weights has shape"),
+        (
+            lambda layers: [dataclasses.replace(t, expert_ids=t.expert_ids + 4) for t in layers],
+            "-1 .dropped. to 3",
+        ),
+        (
+            lambda layers: [dataclasses.replace(t, weights=t.weights[:-1]) for t in layers],
+            "weights has shape",
+        ),
     ],
 )
 def test_wrong_routing_is_refused(tiny: Session, batch: Batch, change: object, text: str) -> None:
@@ -140,7 +150,9 @@ def test_chunks_through_the_cache_equal_one_run(tiny: Session, batch: Batch, chu
 def test_chunks_reveal_a_shifted_cache(tmp_path: Path, batch: Batch) -> None:
     with load(make_tiny_bundle(tmp_path / "b", broken="cache_shifted"), threads=1) as session:
         whole = session.run(batch)["logits"]
-        chunked = session.chunked_logits(batch["input_ids"], batch["attention_mask"], [6, 5]).outputs["logits"]
+        chunked = session.chunked_logits(batch["input_ids"], batch["attention_mask"], [6, 5]).outputs[
+            "logits"
+        ]
     assert np.abs(chunked - whole)[:, 6:].max() > 0.05
 
 
@@ -260,7 +272,9 @@ def test_a_model_that_onnxruntime_refuses_names_the_file(tmp_path: Path) -> None
         if entry["path"] == "model.onnx":
             entry["size"] = file.stat().st_size
     _edit_manifest(bundle, files=files)
-    with pytest.raises(BundleError, match=r"model\.onnx: ONNX Runtime cannot load it: .*NoSuchOperator") as caught:
+    with pytest.raises(
+        BundleError, match=r"model\.onnx: ONNX Runtime cannot load it: .*NoSuchOperator"
+    ) as caught:
         load(bundle, trust=True)
     assert "\n" not in str(caught.value)
 
@@ -268,9 +282,15 @@ def test_a_model_that_onnxruntime_refuses_names_the_file(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda io: io["inputs"].pop(1), "has the input 'attention_mask', which the manifest does not declare"),
+        (
+            lambda io: io["inputs"].pop(1),
+            "has the input 'attention_mask', which the manifest does not declare",
+        ),
         (lambda io: io["outputs"][0].update(name="logit"), "'logits', which the manifest does not declare"),
-        (lambda io: io["inputs"][0].update(dtype="int32"), "'input_ids' is tensor.int64., the manifest says int32"),
+        (
+            lambda io: io["inputs"][0].update(dtype="int32"),
+            "'input_ids' is tensor.int64., the manifest says int32",
+        ),
         (lambda io: io["inputs"][0].update(shape=["batch"]), "'input_ids' has 2 axes, the manifest says 1"),
         (
             lambda io: io["inputs"].append(dict(io["inputs"][0], name="token_types")),
