@@ -26,16 +26,18 @@ class RouterBlame:
 
 
 def blame_router(
-    comparison: LayerComparison, fair: NDArray[np.bool_], logits_bad: NDArray[np.bool_], limit: float
+    comparison: LayerComparison,
+    fair: NDArray[np.bool_],
+    unexplained: NDArray[np.bool_],
+    weights_bad: NDArray[np.bool_],
+    logits_bad: NDArray[np.bool_],
 ) -> RouterBlame | None:
-    """What is wrong with a layer's routing, or None. ``limit``: largest weight error; ``fair``: tokens to
-    judge."""
-    import numpy as np
+    """What is wrong with a layer's routing, or None.
 
+    All masks [T]: tokens to judge (``fair``), and among them those with another set of experts that no tie
+    explains, those with wrong weights, those with wrong router logits.
+    """
     routing = comparison.routing
-    unexplained = routing.unexplained & fair
-    weights_bad = routing.weights_judged & fair
-    weights_bad &= np.nan_to_num(routing.weight_error, nan=0.0, posinf=np.inf) > limit
     dropped = routing.dropped & unexplained
     if dropped.any():
         fewer = (comparison.engine.expert_ids < 0).sum(axis=1) > (comparison.reference.expert_ids < 0).sum(
@@ -139,8 +141,10 @@ def _span(values: NDArray[np.float64]) -> str:
 
 @dataclass(frozen=True)
 class ExpertEvidence:
-    """Tokens of one layer, from one or several runs: experts [T, K], their weights [T, K], which outputs are
-    bad."""
+    """Tokens of one layer in one run: experts [T, K], weights [T, K], which outputs are ``bad`` [T].
+
+    ``actual`` and ``expected`` are the bad outputs, [number of bad tokens, H].
+    """
 
     expert_ids: NDArray[np.int32]
     weights: NDArray[np.float64]
@@ -176,7 +180,7 @@ def blame_experts(parts: Sequence[ExpertEvidence], limit: float) -> tuple[tuple[
             break
         guilty.append(best)
         left &= ~holds[best]
-    scaled = _scaled(actual[bad], expected[bad])
+    scaled = _scaled(actual, expected)
     if left.any() or not guilty:
         text = "no expert is in every wrong token: the weighted sum over experts (combine) is wrong"
         return (), text + scaled

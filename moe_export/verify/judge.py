@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .compare import TensorError, compare_arrays
-from .inputs import Case, output_mask, valid_masks
+from .inputs import Case, valid_masks
 from .layer_checks import broken_layer, layer_checks
 from .layers import LayerComparison, compare_layers
-from .logits import LogitError, compare_logits
-from .result import CaseResult, Check
+from .output_checks import output_checks
+from .result import CaseResult
 from .tolerance import Tolerances
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from ..schema import Manifest
     from ..trace import TracedRun
-
-MANY_TOKENS = 32
-"""From this many positions on, averages of a free low-precision run (KL, cross-entropy) mean something."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,19 @@ class JudgedRun:
     case: Case
     result: CaseResult
     layers: tuple[LayerComparison, ...]
+    undecided: bool = False
+    """Whether some token's choice hangs on rounding, so that two builds of one engine may differ there."""
+    twin_agrees: bool = True
+    """False: the engine as users run it fails on outputs that pass when its routing is shown."""
 
     @property
     def tie_flipped(self) -> bool:
         """Whether a proven near tie went the other way somewhere in this run."""
         return any(bool(layer.routing.near_tie.any()) for layer in self.layers)
+
+    def light(self) -> JudgedRun:
+        """The same without the large arrays; enough to acquit experts."""
+        return dataclasses.replace(self, layers=tuple(layer.light() for layer in self.layers))
 
 
 def judge(
@@ -52,18 +60,9 @@ def judge(
     )
     tie = any(bool(c.routing.near_tie.any()) for c in comparisons)
     excuse = _excuse(forced, tie, bool(manifest.moe_layers), tolerances)
-    checks: list[Check] = []
-    outputs: dict[str, TensorError] = {}
-    logit_error: LogitError | None = None
-    roles = {t.name: t.role for t in manifest.io.outputs}
-    for name in [n for n in roles if roles[n] != "cache"]:
-        error = _output_error(name, engine, reference, case)
-        outputs[name] = error
-        checks += _output_checks(name, error, tolerances, excuse)
-        got = engine.outputs.get(name)
-        if roles[name] == "logits" and got is not None and got.ndim == 3 and not error.problem:
-            logit_error = _logits(name, engine, reference, case, error, tolerances)
-            checks += _logit_checks(name, logit_error, case, forced, excuse, tolerances)
+    checks, outputs, logit_error = output_checks(
+        case, forced, engine.outputs, reference, manifest, tolerances, excuse
+    )
     for comparison in comparisons:
         checks += layer_checks(comparison, forced, tolerances)
     checks += [broken_layer(r) for r in layers if r.problem]
@@ -82,7 +81,46 @@ def judge(
         logits=logit_error,
         layers=tuple(layers),
     )
-    return JudgedRun(case, result, tuple(comparisons))
+    undecided = any(bool(c.undecided.any()) for c in comparisons)
+    return JudgedRun(case, result, tuple(comparisons), undecided)
+
+
+def judge_plain(
+    run: JudgedRun,
+    plain: Mapping[str, NDArray[Any]],
+    reference: TracedRun,
+    manifest: Manifest,
+    tolerances: Tolerances,
+) -> JudgedRun:
+    """Judge the outputs of the engine as users run it in place of those of its traced twin.
+
+    The twin shows its routing, so the optimiser may have built it differently. Where the twin passes and the
+    plain engine fails, the twin's outputs stay judged only if some choice of experts hangs on rounding.
+    """
+    result = run.result
+    tie = run.tie_flipped
+    excuse = _excuse(False, tie, bool(manifest.moe_layers), tolerances)
+    checks, outputs, logits = output_checks(run.case, False, plain, reference, manifest, tolerances, excuse)
+    mine = {c.level for c in checks}
+    others = [c for c in result.checks if c.level not in mine]
+    twin_passed = all(c.passed or not c.judged for c in result.checks if c.level in mine)
+    passed = all(c.passed or not c.judged for c in checks)
+    if twin_passed and not passed and run.undecided:
+        note = "a tie that rounding decides went another way than in the traced engine; judged there"
+        checks = [dataclasses.replace(c, judged=False, reason=note) for c in checks]
+        checks += [c for c in result.checks if c.level in mine]
+        passed = True
+    return dataclasses.replace(
+        run,
+        twin_agrees=passed or not twin_passed,
+        result=dataclasses.replace(
+            result,
+            checks=(*checks, *others),
+            passed=all(c.passed or not c.judged for c in (*checks, *others)),
+            outputs=outputs,
+            logits=logits,
+        ),
+    )
 
 
 def _excuse(forced: bool, tie: bool, has_moe: bool, tolerances: Tolerances) -> str:
@@ -92,103 +130,3 @@ def _excuse(forced: bool, tie: bool, has_moe: bool, tolerances: Tolerances) -> s
     if not tolerances.exact_routing:
         return "a flipped near tie changes values; they are judged with routing forced"
     return "a proven near tie flipped in this run; values are judged with routing forced" if tie else ""
-
-
-def _output_error(name: str, engine: TracedRun, reference: TracedRun, case: Case) -> TensorError:
-    if name not in reference.outputs:
-        return TensorError(0, problem=f"the reference gives no output {name!r}")
-    if name not in engine.outputs:
-        return TensorError(0, problem=f"the engine gives no output {name!r}")
-    expected = reference.outputs[name]
-    return compare_arrays(engine.outputs[name], expected, output_mask(expected.shape, valid_masks(case)))
-
-
-def _output_checks(name: str, error: TensorError, tolerances: Tolerances, excuse: str) -> list[Check]:
-    limit, rms = tolerances[name], tolerances[f"{name}.rms"]
-    if error.problem:
-        return [Check(name, name, None, limit.value, False, limit.reason, detail=error.problem)]
-    where = error.worst.text() if error.worst is not None else ""
-    if error.nonfinite:
-        detail = f"{error.nonfinite} of {error.count} values are not finite; {where}"
-        return [Check(name, name, None, limit.value, False, limit.reason, detail=detail)]
-    if error.max_abs is None or error.rms is None:
-        # Nothing but equal infinities, or no compared position at all.
-        return [
-            Check(name, name, 0.0, limit.value, True, limit.reason, detail=f"{error.count} values compared")
-        ]
-    scale = max(1.0, error.scale)
-    value, rms_value = error.max_abs / scale, error.rms / scale
-    return [
-        Check(
-            name, name, value, limit.value, value <= limit.value, excuse or limit.reason, not excuse, where
-        ),
-        Check(
-            f"{name}.rms",
-            name,
-            rms_value,
-            rms.value,
-            rms_value <= rms.value,
-            excuse or rms.reason,
-            not excuse,
-            f"root mean square over {error.count} values; worst {where}",
-        ),
-    ]
-
-
-def _logits(
-    name: str, engine: TracedRun, reference: TracedRun, case: Case, error: TensorError, tolerances: Tolerances
-) -> LogitError:
-    import numpy as np
-
-    expected = reference.outputs[name]
-    mask = output_mask(expected.shape, valid_masks(case))
-    labels = case.inputs.get("decoder_input_ids", case.inputs.get("input_ids")) if case.is_text else None
-    if labels is not None and labels.shape != expected.shape[:2]:
-        labels = None
-    return compare_logits(
-        engine.outputs[name],
-        expected,
-        np.ones(expected.shape[:2], bool) if mask is None else mask,
-        None if labels is None else np.asarray(labels, np.int64),
-        tie_bound=2 * tolerances[name].value * max(1.0, error.scale),
-    )
-
-
-def _logit_checks(
-    name: str, error: LogitError, case: Case, forced: bool, excuse: str, tolerances: Tolerances
-) -> list[Check]:
-    if excuse and not tolerances.exact_routing and error.tokens >= MANY_TOKENS:
-        excuse = ""
-    elif excuse and not tolerances.exact_routing:
-        excuse = (
-            f"under {MANY_TOKENS} positions one flipped near tie would decide; judged with routing forced"
-        )
-    change = error.cross_entropy_change
-    values = [
-        ("logits.kl", error.kl_mean, f"largest at one position {_number(error.kl_max)} nats"),
-        (
-            "logits.top1",
-            error.top1_unexplained,
-            f"same first choice at {_percent(error.top1)} of {error.tokens} positions",
-        ),
-    ]
-    if case.is_text and change is not None:
-        detail = (
-            f"engine {_number(error.cross_entropy)}, reference {_number(error.cross_entropy_reference)} nats"
-        )
-        values.append(("logits.cross_entropy", abs(change), detail))
-    checks = []
-    for level, value, detail in values:
-        limit = tolerances[level]
-        passed = value is not None and value <= limit.value
-        judged = not excuse and error.tokens > 0
-        checks.append(Check(level, name, value, limit.value, passed, excuse or limit.reason, judged, detail))
-    return checks
-
-
-def _number(value: float | None) -> str:
-    return "not a number" if value is None else f"{value:.6g}"
-
-
-def _percent(value: float | None) -> str:
-    return "an unknown part" if value is None else f"{value:.2%}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -64,8 +65,13 @@ class LayerComparison:
     output: NDArray[np.float64]
     routing: TokenRouting
     after_tie: NDArray[np.bool_]
-    """Tokens whose input or routing was changed by a proven near tie that flipped, here or in an earlier
-    layer."""
+    """Tokens whose input or routing a proven near tie changed by flipping, here or in an earlier layer."""
+    undecided: NDArray[np.bool_]
+    """Tokens whose choice hangs on rounding; empty where that is not known."""
+
+    def light(self) -> LayerComparison:
+        """The same without the [T, H] arrays."""
+        return dataclasses.replace(self, engine=_light(self.engine), reference=_light(self.reference))
 
 
 def compare_layers(
@@ -166,6 +172,7 @@ def _compare(
         output=output,
         routing=routing,
         after_tie=np.asarray(after_tie),
+        undecided=prover.undecided(bound),
     )
 
 
@@ -200,6 +207,13 @@ def _take(trace: LayerTrace, rows: NDArray[np.int64]) -> LayerTrace:
         output=trace.output[rows],
         logits=None if trace.logits is None else trace.logits[rows],
     )
+
+
+def _light(trace: LayerTrace) -> LayerTrace:
+    import numpy as np
+
+    nothing = np.zeros((0, trace.hidden.shape[1]), np.float32)
+    return dataclasses.replace(trace, hidden=nothing, output=nothing, logits=None)
 
 
 def row_error(errors: NDArray[np.float64], coordinates: list[Coordinate]) -> RowError:

@@ -97,6 +97,8 @@ def _merge(
     limit = tolerances["moe.output"].value
     parts = []
     for other, theirs in located:
+        if other.result.mode == "free" and not tolerances.exact_routing:
+            continue
         clean = theirs is None or (theirs.layer is not None and theirs.layer >= finding.layer)
         for comparison in other.layers:
             if clean and comparison.layer.index == finding.layer:
@@ -148,12 +150,30 @@ def _in_layer(
         if (logits_bad | output_bad).any() and not own.any():
             return _before(run, comparison, position, logits_bad | output_bad)
     if run.result.mode == "free" or logits_bad.any():
-        blame = blame_router(comparison, fair, logits_bad, tolerances["moe.weights"].value)
+        blame = blame_router(
+            comparison, fair, *_routing_faults(comparison, fair, tolerances), logits_bad=logits_bad
+        )
         if blame is not None and (run.result.mode == "free" or blame.kind == "wrong router"):
             return _finding(run, comparison, blame.kind, blame.words, blame.tokens)
     if output_bad.any():
         return _wrong_output(run, comparison, output_bad, limit)
     return None
+
+
+def _routing_faults(
+    comparison: LayerComparison, fair: NDArray[np.bool_], tolerances: Tolerances
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Tokens with unexplained experts and tokens with wrong weights, each as far as it is over its limit."""
+    import numpy as np
+
+    routing = comparison.routing
+    unexplained = routing.unexplained & fair
+    if not fair.any() or float(unexplained.sum()) <= tolerances["moe.routing"].value * len(fair):
+        unexplained = np.zeros(len(fair), bool)
+    judged = routing.weights_judged & fair
+    errors = np.where(judged, np.nan_to_num(routing.weight_error, nan=0.0, posinf=np.inf), 0.0)
+    weights = _bad(errors, judged, tolerances["moe.weights"].value, tolerances["moe.weights.rms"].value)
+    return unexplained, weights
 
 
 def _bad(errors: NDArray[np.float64], fair: NDArray[np.bool_], limit: float, rms: float) -> NDArray[np.bool_]:
@@ -175,12 +195,13 @@ def _evidence(comparison: LayerComparison, bad: NDArray[np.bool_]) -> ExpertEvid
     import numpy as np
 
     keep = ~comparison.after_tie & comparison.routing.same
+    shown = np.flatnonzero(keep & bad)
     return ExpertEvidence(
         comparison.reference.expert_ids[keep],
         np.asarray(comparison.reference.weights[keep], np.float64),
         bad[keep],
-        np.asarray(comparison.engine.output[keep], np.float64),
-        np.asarray(comparison.reference.output[keep], np.float64),
+        np.asarray(comparison.engine.output[shown], np.float64),
+        np.asarray(comparison.reference.output[shown], np.float64),
     )
 
 
@@ -267,6 +288,12 @@ def _finding(
 
 
 def _after_layers(run: JudgedRun) -> Finding | None:
+    if not run.twin_agrees:
+        text = (
+            "the engine as users run it gives wrong outputs, the same engine with its routing shown does "
+            "not: an optimisation of the runtime or a fused kernel is wrong"
+        )
+        return Finding("optimised engine", text, (run.case.name,))
     for check in run.result.failures:
         error = run.result.outputs.get(check.subject)
         if error is None:

@@ -26,6 +26,8 @@ FINDING_KINDS: dict[str, str] = {
     "dropped token": "a token lacks assignments or output that the source model gives it",
     "wrong expert": "input and routing are right, the layer's output is not",
     "after the MoE": "every MoE layer agrees, the model's output does not",
+    "optimised engine": "the engine as users run it differs from the same engine with its routing shown",
+    "not verified": "nothing of a layer could be compared",
     "dense": "a model without MoE layers gives another output",
     "reference": "the source model itself gives NaN or fails",
 }

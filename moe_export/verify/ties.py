@@ -72,6 +72,20 @@ class TieProver:
         proven[usable] = hit
         return proven
 
+    def undecided(self, relative: float) -> NDArray[np.bool_]:
+        """Per token [T], whether noise of ``relative`` size may change the choice; empty when that is
+        unknown."""
+        import numpy as np
+
+        if self.select is None or self.logits is None:
+            return np.zeros(0, bool)
+        chosen = self.select(self.logits)
+        bound = logit_bound(self.logits, relative)[:, None]
+        taken = np.zeros(self.logits.shape, bool)
+        np.put_along_axis(taken, chosen.astype(np.int64), True, axis=1)
+        moved = self.select(np.where(taken, self.logits - bound, self.logits + bound))
+        return np.asarray((np.sort(moved, axis=1) != np.sort(chosen, axis=1)).any(axis=1))
+
 
 def logit_bound(logits: NDArray[Any], relative: float | NDArray[np.float64]) -> NDArray[np.float64]:
     """Error bound per token [T]: ``relative`` (one number or [T]) times the token's largest finite

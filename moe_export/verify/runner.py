@@ -1,0 +1,217 @@
+"""Verifies a bundle: runs every case on the engine and on its yardstick, judges, localises, reports."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import UsageError
+from .coverage import Coverage
+from .engine_runs import EngineRuns
+from .golden import check_golden_name, save_golden
+from .inputs import Case, make_cases
+from .judge import JudgedRun, judge, judge_plain
+from .localise import localise
+from .result import CaseResult, ParityReport
+from .tolerance import Tolerances, default_tolerances
+from .yardstick import Yardstick, find_yardstick
+
+if TYPE_CHECKING:
+    from ..progress import Progress
+    from ..runtime.session import Session
+    from ..trace import Reference, TracedRun
+
+
+def verify_bundle(
+    bundle: Path | str,
+    *,
+    against: Reference | Path | str | None = None,
+    trust: bool = False,
+    force_routing: bool = False,
+    tolerances: Mapping[str, float] | None = None,
+    text: str | None = None,
+    seed: int = 0,
+    save_golden: Path | str | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> ParityReport:
+    """Compare a bundle's engine with its source model, routing included.
+
+    Args:
+        bundle: the bundle's folder. against: a running reference, a source model's folder, a golden file
+        (``.npz``), or None for the source
+            that the manifest records.
+        trust: skip the bundle's hash check (and nothing else). force_routing: run every case once more with
+        the reference's routing replayed. Done anyway for low-precision
+            engines, and where a near tie flipped or routing is wrong.
+        tolerances: limits by name in place of the dtype's defaults; see ``docs/parity.md``.
+        text: replaces the default texts; needs a tokenizer in the bundle.
+        seed: of the random inputs; case *i* uses ``seed + i``.
+        save_golden: also write inputs and reference answers into this ``.npz`` file.
+        threads: threads of the engine; None: all cores.
+        progress: told about stages.
+
+    Returns: the report. A failed check does not raise; ``report.passed`` is False then.
+
+    Raises:
+        UsageError: an argument is wrong, or there is nothing to verify against.
+        BundleError: the bundle is damaged or does not load.
+        SourceError: the source model cannot be loaded.
+    """
+    from ..progress import NullProgress
+    from ..runtime.session import load
+
+    if save_golden is not None:
+        check_golden_name(Path(save_golden))
+    started = time.perf_counter()
+    with load(bundle, trust=trust, threads=threads) as session:
+        verification = _Verification(session, against, tolerances, text, seed, progress or NullProgress())
+        return verification.run(bundle, force_routing, save_golden, started)
+
+
+class _Verification:
+    """One verification of one loaded bundle."""
+
+    def __init__(
+        self,
+        session: Session,
+        against: Reference | Path | str | None,
+        tolerances: Mapping[str, float] | None,
+        text: str | None,
+        seed: int,
+        progress: Progress,
+    ) -> None:
+        self.manifest = session.manifest
+        self.seed, self.progress = seed, progress
+        outputs = [t.name for t in self.manifest.io.outputs if t.role != "cache"]
+        self.tolerances: Tolerances = default_tolerances(self.manifest.dtype, outputs, tolerances)
+        self.engine = EngineRuns(session)
+        self.yardstick: Yardstick = find_yardstick(against, self.manifest)
+        self.cases, self.notes = self._cases(session, text)
+        self.runs: list[JudgedRun] = []
+        self.results: list[CaseResult] = []
+        self.failed: list[CaseResult] = []
+        self.coverage = Coverage(self.manifest)
+
+    def _cases(self, session: Session, text: str | None) -> tuple[list[Case], list[str]]:
+        given = self.yardstick.cases(self.manifest)
+        if given is not None:
+            if text is not None:
+                raise UsageError("a golden file brings its own inputs; a text cannot be given with it")
+            return given
+        encode = None
+        tokenizer = session.tokenizer if self.manifest.text is not None else None
+        if tokenizer is not None:
+
+            def encode(text: str) -> Sequence[int]:
+                return list(tokenizer.encode(text).ids)
+
+        return make_cases(self.manifest, encode=encode, text=text, seed=self.seed)
+
+    def run(
+        self, bundle: Path | str, force_routing: bool, golden: Path | str | None, started: float
+    ) -> ParityReport:
+        references: list[TracedRun | None] = []
+        with self.progress.stage("verify", len(self.cases)) as advance:
+            for number, case in enumerate(self.cases):
+                references.append(self._case(case, force_routing))
+                if golden is None:
+                    self.yardstick.forget(self.cases[number + 1 :])
+                advance(1)
+        if golden is not None:
+            self._save(golden, references)
+        findings = (*localise(self.runs, self.failed, self.tolerances), *self.coverage.findings())
+        passed = bool(self.results) and all(r.passed for r in self.results) and not findings
+        from ..bundle.tools import tool_versions
+
+        return ParityReport(
+            passed=passed,
+            bundle=os.fspath(bundle),
+            against=self.yardstick.kind,
+            source=self.yardstick.name,
+            source_hash=self.manifest.source.hash,
+            task=self.manifest.task,
+            target=self.manifest.target,
+            dtype=self.manifest.dtype,
+            seed=self.seed,
+            force_routing=force_routing,
+            tolerances=tuple(self.tolerances.limits.values()),
+            cases=tuple(self.results),
+            findings=findings,
+            coverage=self.coverage.layers(),
+            notes=(*self.notes, *self.coverage.notes()),
+            tools=tool_versions(),
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            seconds=time.perf_counter() - started,
+        )
+
+    def _case(self, case: Case, force_routing: bool) -> TracedRun | None:
+        """Run and judge one case; returns the reference's run, or None when the reference could not run
+        it."""
+        began = time.perf_counter()
+        try:
+            reference = self.yardstick.run(case)
+        except Exception as error:  # Whatever a source model raises on an input is the result of that case.
+            self._error(case, "free", "reference failed", error, began)
+            return None
+        free = self._judged(case, "free", reference, began)
+        if free is None or not self.manifest.moe_layers:
+            return reference
+        routing_failed = any(c.level.startswith(("moe.routing", "moe.weights")) for c in free.result.failures)
+        if force_routing or not self.tolerances.exact_routing or free.tie_flipped or routing_failed:
+            self._judged(case, "forced", reference, time.perf_counter())
+        return reference
+
+    def _judged(self, case: Case, mode: str, reference: TracedRun, began: float) -> JudgedRun | None:
+        try:
+            if mode == "forced":
+                engine = self.engine.forced(case, reference.layers)
+                plain = None
+            else:
+                engine = self.engine.traced(case)
+                plain = self.engine.plain(case)
+        except Exception as error:  # Whatever an engine raises on an input is the result of that case.
+            self._error(case, mode, "engine failed", error, began)
+            return None
+        run = judge(
+            case, mode, engine, reference, self.manifest, self.tolerances, time.perf_counter() - began
+        )
+        if plain is not None:
+            run = judge_plain(run, plain, reference, self.manifest, self.tolerances)
+        self.coverage.add(run)
+        self.results.append(run.result)
+        self.runs.append(run.light() if run.result.passed else run)
+        return run
+
+    def _error(self, case: Case, mode: str, who: str, error: Exception, began: float) -> None:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        result = CaseResult(
+            name=case.name,
+            mode=mode,
+            tags=case.tags,
+            description=case.description,
+            passed=False,
+            seconds=time.perf_counter() - began,
+            inputs={k: tuple(int(d) for d in v.shape) for k, v in case.inputs.items()},
+            seed=case.seed,
+            chunks=case.chunks,
+            error=f"{who}: {lines[0][:500]}",
+        )
+        self.results.append(result)
+        self.failed.append(result)
+
+    def _save(self, golden: Path | str, references: Sequence[TracedRun | None]) -> None:
+        if self.yardstick.kind == "golden":
+            raise UsageError(
+                "verified against a golden file; a new one needs the source model (--against FOLDER)"
+            )
+        complete = [r for r in references if r is not None]
+        if len(complete) != len(references):
+            raise UsageError(
+                "no golden file written: the reference failed on a case (run without --save-golden to see)"
+            )
+        save_golden(golden, self.manifest, self.cases, complete, self.seed, self.notes)
