@@ -10,6 +10,7 @@ import math
 import os
 import stat
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -64,38 +65,55 @@ def check_onnx_safe(
         raise BundleError(f"{path} is not a valid ONNX file: {error}") from error
     if not model.HasField("graph"):
         raise BundleError(f"{path} is not a valid ONNX file: it has no graph")
-    checker = _Checker(path, root or path.parent, allowed)
-    for message, where in _messages(model):
-        checker.check(message, where)
+    types = {number: name for name, number in onnx.TensorProto.DataType.items()}
+    checker = _Checker(path, root or path.parent, allowed, types)
+    for place in _places(model):
+        checker.check(place)
 
 
-def _messages(model: Any) -> Iterator[tuple[Any, str]]:
-    """Every protobuf message inside the model with where it is, by its schema, so that nothing is left
-    out."""
-    stack: list[tuple[Any, str]] = [(model, "model")]
+@dataclass(slots=True)
+class _Place:
+    """Where a message is in the model. Put into words only for an error: models have many messages."""
+
+    parent: _Place | None
+    field: str
+    index: int
+    message: Any
+
+    def __str__(self) -> str:
+        if self.parent is None:
+            return "model"
+        name = getattr(self.message, "name", "")
+        label = name if isinstance(name, str) and name else str(self.index)
+        return f"{self.parent} > {self.field} {shown(label, 60)}"
+
+
+def _places(model: Any) -> Iterator[_Place]:
+    """Every protobuf message inside the model, by its schema, so that nothing is left out."""
+    stack = [_Place(None, "", 0, model)]
     while stack:
-        message, where = stack.pop()
-        yield message, where
-        for field, value in message.ListFields():
+        place = stack.pop()
+        yield place
+        for field, value in place.message.ListFields():
             if field.message_type is None:
                 continue
             # A list of messages is told from one message by what it offers: protobuf has renamed the flag.
             for i, item in enumerate([value] if hasattr(value, "ListFields") else value):
-                name = getattr(item, "name", "")
-                label = name if isinstance(name, str) and name else str(i)
-                stack.append((item, f"{where} > {field.name} {shown(label, 60)}"))
+                stack.append(_Place(place, field.name, i, item))
 
 
 class _Checker:
-    def __init__(self, path: Path, root: Path, allowed: frozenset[str] | None) -> None:
+    def __init__(self, path: Path, root: Path, allowed: frozenset[str] | None, types: dict[int, str]) -> None:
+        self._types = types
         self._path = path
         self._root = root.resolve()
         self._folder = path.parent.resolve()
         self._allowed = allowed
         self._sizes: dict[str, int] = {}
 
-    def check(self, message: Any, where: str) -> None:
+    def check(self, where: _Place) -> None:
         """Check one message by its type; its children are visited apart."""
+        message = where.message
         kind = message.DESCRIPTOR.name
         if kind == "TensorProto":
             self._check_tensor(message, where)
@@ -105,12 +123,13 @@ class _Checker:
             self._check_node(message, where)
         for field, value in message.ListFields():
             if field.type == field.TYPE_STRING and field.name not in _FREE_TEXT:
-                for text in [value] if isinstance(value, (str, bytes)) else value:
-                    fault = name_fault(self._text(text, where))
+                for item in [value] if isinstance(value, (str, bytes)) else value:
+                    text = self._text(item, where)
+                    fault = name_fault(text)
                     if fault is not None:
                         raise self._error(where, f"{field.name} {shown(text)} {fault}")
 
-    def _check_initializers(self, graph: Any, where: str) -> None:
+    def _check_initializers(self, graph: Any, where: _Place) -> None:
         seen: set[str] = set()
         names = [t.name for t in graph.initializer] + [t.values.name for t in graph.sparse_initializer]
         for name in names:
@@ -120,11 +139,11 @@ class _Checker:
                 raise self._error(where, f"initializer {shown(name)} is defined twice")
             seen.add(name)
 
-    def _check_node(self, node: Any, where: str) -> None:
+    def _check_node(self, node: Any, where: _Place) -> None:
         if node.op_type == "EPContext":
             raise self._error(where, "an EPContext node makes the runtime load another file")
 
-    def _check_tensor(self, tensor: Any, where: str) -> None:
+    def _check_tensor(self, tensor: Any, where: _Place) -> None:
         if any(dim < 0 for dim in tensor.dims):
             raise self._error(where, f"dimensions {list(tensor.dims)} are negative")
         external = tensor.data_location == tensor.EXTERNAL
@@ -151,7 +170,7 @@ class _Checker:
                 f"external data ends at byte {offset + length} of {shown(location)}, which has {size} bytes",
             )
 
-    def _file_size(self, location: str, where: str) -> int:
+    def _file_size(self, location: str, where: _Place) -> int:
         if location in self._sizes:
             return self._sizes[location]
         what = f"external data location {shown(location)}"
@@ -177,23 +196,22 @@ class _Checker:
         self._sizes[location] = info.st_size
         return info.st_size
 
-    def _text(self, text: str | bytes, where: str) -> str:
+    def _text(self, text: str | bytes, where: _Place) -> str:
         """protobuf hands over a text that is not UTF-8 as bytes."""
         if isinstance(text, bytes):
             raise self._error(where, "a name is not UTF-8")
         return text
 
-    def _number(self, key: str, text: str, where: str) -> int:
+    def _number(self, key: str, text: str, where: _Place) -> int:
         if not (text.isascii() and text.isdigit() and len(text) <= 19):
             raise self._error(where, f"external data {key} {shown(text)} is not a number of 0 or more")
         return int(text)
 
-    def _tensor_bytes(self, tensor: Any, where: str) -> int:
-        names = {number: name for name, number in tensor.DataType.items()}
-        name = names.get(tensor.data_type, str(tensor.data_type))
+    def _tensor_bytes(self, tensor: Any, where: _Place) -> int:
+        name = self._types.get(tensor.data_type, str(tensor.data_type))
         if name not in _BITS:
             raise self._error(where, f"a tensor of type {name} cannot have external data")
         return (math.prod(tensor.dims) * _BITS[name] + 7) // 8
 
-    def _error(self, where: str, fault: str) -> BundleError:
+    def _error(self, where: _Place, fault: str) -> BundleError:
         return BundleError(f"{self._path}: {where}: {fault}; the model is not loaded")

@@ -280,7 +280,9 @@ def _resolve(output: Path) -> Path:
         raise UsageError(f"output folder {str(output)!r} is not a usable path: it contains a NUL character")
     try:
         if output.is_symlink() and not output.exists():
-            raise UsageError(f"{output} is a link to nothing; remove it or choose another output folder with -o")
+            raise UsageError(
+                f"{output} is a link to nothing; remove it or choose another output folder with -o"
+            )
         return output.resolve() if output.exists() else output.parent.resolve() / output.name
     except OSError as error:
         raise write_error(error, output) from error

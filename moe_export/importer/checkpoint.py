@@ -272,6 +272,8 @@ def _no_weights(folder: Path) -> NoReturn:
     for name in (WEIGHTS_NAME, INDEX_NAME):
         if (folder / name).is_symlink():
             raise SourceError(f"{folder / name} is a link to a missing file; download the model again")
+        if (folder / name).exists():
+            raise SourceError(f"{folder / name} is not a file")
     for name in _PICKLES:
         if (folder / name).exists():
             raise SourceError(

@@ -52,6 +52,11 @@ def read_header(path: Path) -> dict[str, HeaderEntry]:
                 )
             if len(prefix) < 8:
                 raise SourceError(f"{path} is truncated: {size} bytes, a safetensors file has at least 10")
+            stream.seek(8)
+            if stream.read(1) not in (b"{", b""):
+                raise SourceError(
+                    f"{path} is not a safetensors file, or its header is corrupt: it does not start with '{{'"
+                )
             (length,) = struct.unpack("<Q", prefix)
             if length > MAX_HEADER_BYTES:
                 raise SourceError(

@@ -79,7 +79,7 @@ def names(folder: Path) -> list[str]:
 def child(code: str, *arguments: object, **options: object) -> subprocess.Popen[str]:
     """Start Python on ``code``, with this module's names imported."""
     preamble = "import os, signal, sys, time\nfrom pathlib import Path\nfrom tests.bundle.sample import *\n"
-    return subprocess.Popen(
+    process: subprocess.Popen[str] = subprocess.Popen(
         [sys.executable, "-c", preamble + code, *map(str, arguments)],
         cwd=ROOT,
         stdin=subprocess.PIPE,
@@ -88,3 +88,4 @@ def child(code: str, *arguments: object, **options: object) -> subprocess.Popen[
         text=True,
         **options,  # type: ignore[call-overload]  # Popen's overloads do not take a dict
     )
+    return process

@@ -20,7 +20,7 @@ from tests.bundle.sample import external_tensor, make_model
 
 
 def _graph(name: str, tensor: TensorProto | None = None) -> onnx.GraphProto:
-    node = helper.make_node("Constant", [], ["c"], value=numpy_helper.from_array(np.float32([1]), "c"))
+    node = helper.make_node("Constant", [], ["c"], value=numpy_helper.from_array(np.ones(1, np.float32), "c"))
     out = helper.make_tensor_value_info("c", TensorProto.FLOAT, None)
     return helper.make_graph([node], name, [], [out], [tensor] if tensor is not None else [])
 
@@ -285,7 +285,9 @@ BAD_NAMES = {
 def _name_places(model: onnx.ModelProto, name: str) -> dict[str, Callable[[], object]]:
     graph = model.graph
     return {
-        "initializer": lambda: graph.initializer.append(numpy_helper.from_array(np.float32([1]), name)),
+        "initializer": lambda: graph.initializer.append(
+            numpy_helper.from_array(np.ones(1, np.float32), name)
+        ),
         "node": lambda: setattr(graph.node[0], "name", name),
         "node-input": lambda: graph.node[0].input.append(name),
         "node-output": lambda: graph.node[0].output.append(name),
@@ -297,7 +299,7 @@ def _name_places(model: onnx.ModelProto, name: str) -> dict[str, Callable[[], ob
         "graph-output": lambda: setattr(graph.output[0], "name", name),
         "value-info": lambda: graph.value_info.append(helper.make_tensor_value_info(name, 1, None)),
         "dimension": lambda: setattr(graph.input[0].type.tensor_type.shape.dim[0], "dim_param", name),
-        "subgraph": lambda: _in_if(model, numpy_helper.from_array(np.float32([1]), name)),
+        "subgraph": lambda: _in_if(model, numpy_helper.from_array(np.ones(1, np.float32), name)),
         "function": lambda: model.functions.append(helper.make_function("own", name, [], [], [], [])),
         "function-node": lambda: model.functions.append(
             helper.make_function("own", "F", [], [], [helper.make_node("Abs", [name], ["y"])], [])
@@ -353,7 +355,7 @@ def test_initializer_names(folder: Path) -> None:
     model = make_model()
     _in_if(model, external_tensor("w", "weights.bin"))
     check_onnx_safe(_write(folder, model))  # another graph, another scope
-    model.graph.initializer.append(numpy_helper.from_array(np.float32([1]), ""))
+    model.graph.initializer.append(numpy_helper.from_array(np.ones(1, np.float32), ""))
     with pytest.raises(BundleError, match="has no name"):
         check_onnx_safe(_write(folder, model))
 

@@ -113,10 +113,10 @@ def test_failed_overwrite_keeps_the_old_bundle(
             return rename(self, target)
 
         monkeypatch.setattr(Path, "rename", refuse_new)
-        error = pytest.raises(UsageError, match="Input/output error")
-    else:
-        error = pytest.raises(RuntimeError, match="build failed")  # type: ignore[assignment]
-    with error, BundleWriter(output, overwrite=True) as writer:
+    expected: tuple[type[Exception], str] = (UsageError, "Input/output error")
+    if exchange:
+        expected = (RuntimeError, "build failed")
+    with pytest.raises(expected[0], match=expected[1]), BundleWriter(output, overwrite=True) as writer:
         fill(writer.path)
         if exchange:
             raise RuntimeError("build failed")
