@@ -1,4 +1,4 @@
-"""Engines other than a decoder with float32 KV cache: recurrent states, bfloat16, encoder-decoder, modules."""
+"""Engines other than a decoder with float32 KV cache: states, bfloat16, encoder-decoder, modules."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ VOCAB, EOS = 12, 11
 TABLE = np.random.default_rng(4).standard_normal((VOCAB, VOCAB)).astype(np.float32)
 
 
-def _bundle(folder: Path, model: onnx.ModelProto, io: ModelIO, text: TextInfo | None) -> Path:
+def _bundle(folder: Path, model: onnx.ModelProto, io: ModelIO, text: TextInfo | None, most: int = 32) -> Path:
     folder.mkdir()
     onnx.save(model, str(folder / "model.onnx"))
     manifest = Manifest(
@@ -38,7 +38,7 @@ def _bundle(folder: Path, model: onnx.ModelProto, io: ModelIO, text: TextInfo | 
         dtype="float32",
         opset=20,
         io=io,
-        limits=Limits(4, 32),
+        limits=Limits(4, most),
         moe_layers=(),
         text=text,
     )
@@ -112,7 +112,7 @@ def test_without_a_mask_prompts_must_have_one_length(tmp_path: Path) -> None:
             session.run_traced({"input_ids": [[1]]}, force_routing=[])
 
 
-def _encoder_decoder(folder: Path, start: int | None) -> Path:
+def _encoder_decoder(folder: Path, start: int | None, most: int = 32) -> Path:
     """Logits: sum of the source's rows (masked) plus the running sum of the target's."""
     g = GraphBuilder()
     mask = g("Unsqueeze", g("Cast", "attention_mask", to=TensorProto.FLOAT), np.array([2]))
@@ -127,7 +127,7 @@ def _encoder_decoder(folder: Path, start: int | None) -> Path:
         ),
         (TensorSpec("logits", "float32", ("batch", "decoder_sequence", VOCAB), "logits"),),
     )
-    return _bundle(folder, g.model(io), io, TextInfo(VOCAB, (EOS,), decoder_start_token_id=start))
+    return _bundle(folder, g.model(io), io, TextInfo(VOCAB, (EOS,), decoder_start_token_id=start), most)
 
 
 def test_encoder_decoder_generates_from_its_start_token(tmp_path: Path) -> None:
@@ -146,9 +146,11 @@ def test_encoder_decoder_generates_from_its_start_token(tmp_path: Path) -> None:
         assert result.finish_reasons == ["eos", "length"]
         assert result.prompt_tokens == 8
         assert "no KV cache" in session.notes[0]
-        assert session.generate([sources[1]], max_new_tokens=50).finish_reasons == ["limit"]
         with pytest.raises(InputError, match="sequence of 33 tokens is beyond the bundle's maximum 32"):
             session.generate([[1] * 33])
+    with load(_encoder_decoder(tmp_path / "short", 2, most=5), threads=1) as session:
+        short = session.generate([sources[1]], max_new_tokens=6)
+        assert (short.token_ids, short.finish_reasons) == ([result.token_ids[1][:4]], ["limit"])
 
 
 def test_encoder_decoder_without_a_start_token_is_refused(tmp_path: Path) -> None:
