@@ -79,14 +79,15 @@ def find_expert_blocks(model: torch.nn.Module, config: Any = None) -> tuple[Expe
     """
     found: list[_Found] = []
     for name, module in model.named_modules():
-        if not any(name.startswith(f"{above.name}.") for above in found):
+        if not any(f"{name}.".startswith(f"{above.name}.") for above in found):
             found += _experts_at(name, module)
     groups: dict[str, list[_Found]] = {}
     for part in found:
         # A layer may keep its experts' matrices in several modules: one block, called as their parent.
         own = part.is_block or "expert" in part.last
         groups.setdefault(part.name if own else part.parent, []).append(part)
-    return tuple(_describe(model, name, parts, config) for name, parts in groups.items())
+    counted: set[int] = set()
+    return tuple(_describe(model, name, parts, config, counted) for name, parts in groups.items())
 
 
 def _experts_at(name: str, module: torch.nn.Module) -> list[_Found]:
@@ -133,7 +134,10 @@ def _choices(module: torch.nn.Module, count: int) -> int:
     return _int_attribute(module, _CHOICES) or count
 
 
-def _describe(model: torch.nn.Module, name: str, parts: list[_Found], config: Any) -> ExpertBlock:
+def _describe(
+    model: torch.nn.Module, name: str, parts: list[_Found], config: Any, counted: set[int]
+) -> ExpertBlock:
+    """``counted``: ids of parameters of earlier blocks; layers that share experts count them once."""
     first = parts[0]
     parent = model.get_submodule(first.parent)
     experts = {id(part.module) for part in parts}
@@ -142,7 +146,8 @@ def _describe(model: torch.nn.Module, name: str, parts: list[_Found], config: An
     configs += [config, getattr(config, "text_config", None)]
     configs = [c for c in configs if c is not None]
     choices = _choices(first.module, first.count)
-    parameters = [p for part in parts for p in part.module.parameters()]
+    parameters = [p for part in parts for p in part.module.parameters() if id(p) not in counted]
+    counted.update(id(p) for p in parameters)
     hidden, intermediate = _sizes(parts, parent)
     return ExpertBlock(
         name=name,

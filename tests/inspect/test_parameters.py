@@ -130,6 +130,35 @@ def test_registered_block_tells_where_its_experts_are() -> None:
     assert (block.name, block.num_experts, block.top_k, block.intermediate_size) == ("0.towers", 5, 3, 16)
 
 
+def test_registered_block_called_experts_is_found_once() -> None:
+    from moe_export.models.adapters import ADAPTERS, MoEBlockSpec, register_moe_block
+
+    class Block(_OwnBlock):
+        pass
+
+    def route(block: torch.nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        raise AssertionError("inspecting runs nothing")
+
+    model = torch.nn.Sequential(Block(6, 2))
+    before = count_parameters(model)
+    register_moe_block(Block, MoEBlockSpec("experts", route, up_proj="0", down_proj="2", top_k=2))
+    try:
+        assert count_parameters(model) == before
+    finally:
+        del ADAPTERS[Block]
+
+
+def test_experts_shared_by_two_layers_count_once() -> None:
+    one, two = _OwnBlock(6, 2), _OwnBlock(6, 2)
+    alone = count_parameters(torch.nn.Sequential(one, two))
+    two.experts = one.experts
+    shared = count_parameters(torch.nn.Sequential(one, two))
+    expert = 8 * 16 + 16 + 16 * 8 + 8
+    assert shared.total == alone.total - 6 * expert
+    assert shared.active == alone.active - 2 * expert
+    assert shared.routed_experts == 6 * expert
+
+
 def test_unknown_top_k_is_said_not_guessed() -> None:
     summary = inspect_model(torch.nn.Sequential(_OwnBlock(6, None)))
     assert summary.parameters["total"] is not None
