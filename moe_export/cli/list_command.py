@@ -69,13 +69,22 @@ def ops(as_json: bool) -> None:
 @common_options
 def targets(as_json: bool) -> None:
     """Targets an engine can be built for."""
+    from moe_export.backends import BACKENDS
     from moe_export.inspect.environment import target_statuses
+    from moe_export.passes.pipelines import PIPELINES
 
+    statuses = {t.name: t for t in target_statuses()}
     rows = [
-        {"name": t.name, "available": t.available, "lacks": list(t.lacks), "description": t.description}
-        for t in target_statuses()
+        {
+            "name": name,
+            "available": statuses[name].available,
+            "lacks": list(statuses[name].lacks),
+            "summary": backend.summary,
+            "passes": [p.name for p in PIPELINES[name]],
+        }
+        for name, backend in BACKENDS.items()
     ]
-    _show(rows, ("name", "available", "description"), as_json)
+    _show(rows, ("name", "available", "summary"), as_json)
 
 
 def _show(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,9 +33,7 @@ if TYPE_CHECKING:
     "--text", "text_file", metavar="FILE", help="Text to verify on, in place of the built-in one; - is stdin."
 )
 @click.option("--junit", type=click.Path(path_type=Path), help="Write the cases as JUnit XML.")
-@click.option(
-    "--output", type=click.Path(path_type=Path), help="Folder for parity.json, parity.md and parity.xml."
-)
+@click.option("--output", type=click.Path(path_type=Path), help="Folder for parity.json, .md and .junit.xml.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of random inputs.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of the engine.  [default: all cores]")
 @json_option
@@ -90,18 +87,13 @@ def command(
 
 def _write(report: ParityReport, junit: Path | None, output: Path | None) -> None:
     from moe_export.report.junit import parity_junit
-    from moe_export.report.markdown import parity_markdown
+    from moe_export.verify.write import write_reports
 
-    files: dict[Path, bytes] = {}
-    if junit is not None:
-        files[junit] = parity_junit(report)
     if output is not None:
-        files[output / "parity.json"] = (json.dumps(report.to_dict(), indent=2) + "\n").encode()
-        files[output / "parity.md"] = parity_markdown(report).encode()
-        files[output / "parity.xml"] = parity_junit(report)
-    for path, content in files.items():
+        write_reports(report, output)
+    if junit is not None:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
+            junit.parent.mkdir(parents=True, exist_ok=True)
+            junit.write_bytes(parity_junit(report))
         except OSError as error:
-            raise UsageError(f"{path}: the report cannot be written: {error.strerror}") from error
+            raise UsageError(f"{junit}: the report cannot be written: {error.strerror}") from error
