@@ -217,3 +217,29 @@ def test_inspect_of_a_damaged_manifest(tmp_path: Path) -> None:
     result = invoke("inspect", tmp_path)
     assert result.exit_code == 2
     assert "manifest.json" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Mixtral as a Hugging Face folder, with a tokenizer of bytes."""
+    from moe_export.models.families import tiny_model
+    from tests.helpers.tiny_bundle import write_tiny_tokenizer
+
+    folder = tmp_path_factory.mktemp("source")
+    tiny_model("mixtral").save_pretrained(folder)
+    write_tiny_tokenizer(folder)
+    return folder
+
+
+def test_trace_of_a_source_model(source: Path) -> None:
+    text = "plain ascii " * 4
+    result = invoke("trace", source, "--text", "-", "--json", "-", "--window", 16, "-q", input=text)
+    assert result.exit_code == 0, result.output
+    usage = json.loads(result.stdout)
+    assert usage["tokens"] == len(text)
+    assert [layer["name"] for layer in usage["layers"]] == [f"model.layers.{i}.mlp.experts" for i in (0, 1)]
+    assert all(sum(layer["counts"]) == 2 * len(text) for layer in usage["layers"])
+    (source / "tokenizer.json").unlink()
+    refused = invoke("trace", source, "--text", "-", "-q", input=text)
+    assert refused.exit_code == 2
+    assert "no tokenizer.json" in refused.stderr
