@@ -57,7 +57,7 @@ def save_golden(
     from ..bundle.tools import tool_versions
 
     path = Path(path)
-    check_golden_name(path)
+    check_golden_target(path)
     store = _Store()
     runs: dict[int, int] = {}
     stored_runs: list[dict[str, Any]] = []
@@ -93,7 +93,6 @@ def save_golden(
     }
     text = json.dumps(metadata, sort_keys=True).encode()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as stream:
             temporary = Path(stream.name)
             try:
@@ -175,12 +174,23 @@ def check_golden_fits(golden: Golden, manifest: Manifest, path: str | os.PathLik
             )
 
 
-def check_golden_name(path: Path) -> None:
-    """Raise :class:`UsageError` unless the name ends in ``.npz``."""
+def check_golden_target(path: Path) -> None:
+    """Before a long run: can ``path`` be written, and will it be known for a golden?
+
+    Raises:
+        UsageError: the name does not end in ``.npz``, it is a folder, or its folder cannot be written.
+    """
     if path.suffix != ".npz":
         raise UsageError(
             f"golden file {path}: the name must end in .npz, so that --against knows it for a golden"
         )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"golden file {path} cannot be written: {error.strerror or error}") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        what = "it is a folder" if path.is_dir() else "its folder is read-only"
+        raise UsageError(f"golden file {path} cannot be written: {what}")
 
 
 def _identity(manifest: Manifest) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..errors import UsageError
 from .coverage import Coverage
 from .engine_runs import EngineRuns
-from .golden import check_golden_name, save_golden
+from .golden import check_golden_target, save_golden
 from .inputs import Case, make_cases
 from .judge import JudgedRun, judge, judge_plain
 from .localise import localise
@@ -66,10 +66,14 @@ def verify_bundle(
     from ..runtime.session import load
 
     if save_golden is not None:
-        check_golden_name(Path(save_golden))
+        check_golden_target(Path(save_golden))
     started = time.perf_counter()
     with load(bundle, trust=trust, threads=threads) as session:
         verification = _Verification(session, against, tolerances, text, seed, progress or NullProgress())
+        if save_golden is not None and verification.yardstick.kind == "golden":
+            raise UsageError(
+                "a golden file is made from the source model (--against FOLDER), not from another"
+            )
         return verification.run(bundle, force_routing, save_golden, started)
 
 
@@ -205,10 +209,6 @@ class _Verification:
         self.failed.append(result)
 
     def _save(self, golden: Path | str, references: Sequence[TracedRun | None]) -> None:
-        if self.yardstick.kind == "golden":
-            raise UsageError(
-                "verified against a golden file; a new one needs the source model (--against FOLDER)"
-            )
         complete = [r for r in references if r is not None]
         if len(complete) != len(references):
             raise UsageError(

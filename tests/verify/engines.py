@@ -13,6 +13,8 @@ import numpy as np
 import onnx
 
 from moe_export.bundle.manifest import read_manifest
+from moe_export.schema import Limits, Manifest, ModelIO, SourceInfo, TensorSpec
+from moe_export.trace import TracedRun
 from tests.helpers.tiny_bundle import build_tiny_model, make_tiny_bundle, write_manifest
 from tests.helpers.tiny_model import TinyLayer, TinyWeights
 
@@ -114,3 +116,62 @@ def drop_assignment(model: onnx.ModelProto) -> None:
         at = next(i for i, n in enumerate(graph.node) if name + ".all" in n.output) + 1
         for offset, node in enumerate(nodes):
             graph.node.insert(at + offset, node)
+
+
+class ModuleReference:
+    """``output = softmax(x @ weight) + shift[index]``: the yardstick of :func:`module_bundle`."""
+
+    weight = np.random.default_rng(1).standard_normal((6, 5)).astype(np.float32)
+    shift = np.array([0.5, -0.5], np.float32)
+
+    def run(self, inputs: dict[str, Any]) -> TracedRun:
+        x = np.asarray(inputs["x"])
+        assert x.dtype == np.float32
+        e = np.exp(x @ self.weight)
+        share = e / e.sum(axis=-1, keepdims=True)
+        return TracedRun({"output": share + self.shift[inputs["index"]][:, None, None]}, ())
+
+
+def module_bundle(folder: Path, wrong: float = 0.0, frozen: int | None = None) -> Path:
+    """A bundle of task ``module`` without MoE layers: x [batch, rows, 6] float32, index [batch] int64.
+
+    ``wrong`` is added to one weight; ``frozen``: a Reshape allows only this batch, as a bad export would.
+    """
+    folder.mkdir()
+    weight = ModuleReference.weight.copy()
+    weight[2, 3] += np.float32(wrong)
+    node = onnx.helper.make_node
+    nodes = [
+        node("MatMul", ["x", "weight"], ["scores"]),
+        node("Softmax", ["scores"], ["share"], axis=-1),
+        node("Gather", ["shift", "index"], ["picked"]),
+        node("Unsqueeze", ["picked", "axes"], ["column"]),
+        node("Add", ["share", "column"], ["output" if frozen is None else "sum"]),
+    ]
+    arrays = {"weight": weight, "shift": ModuleReference.shift, "axes": np.array([1, 2], np.int64)}
+    if frozen is not None:
+        arrays["frozen"] = np.array([frozen, -1, 5], np.int64)
+        nodes.append(node("Reshape", ["sum", "frozen"], ["output"]))
+    info = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        nodes,
+        "module",
+        [
+            info("x", onnx.TensorProto.FLOAT, ["batch", "rows", 6]),
+            info("index", onnx.TensorProto.INT64, ["batch"]),
+        ],
+        [info("output", onnx.TensorProto.FLOAT, ["batch", "rows", 5])],
+        [onnx.numpy_helper.from_array(value, name) for name, value in arrays.items()],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, str(folder / "model.onnx"))
+    io = ModelIO(
+        (TensorSpec("x", "float32", ("batch", "rows", 6)), TensorSpec("index", "int64", ("batch",))),
+        (TensorSpec("output", "float32", ("batch", "rows", 5)),),
+    )
+    source = SourceInfo("module", None, "module", "ModuleReference", "0" * 64)
+    write_manifest(
+        folder,
+        Manifest(source, "module", "onnxruntime", "float32", 20, io, Limits(max_batch=9), ()),
+    )
+    return folder

@@ -58,7 +58,8 @@ def test_every_known_defect_is_expected_here() -> None:
 
 
 @pytest.mark.parametrize(
-    ("broken", "force_routing"), [(b, False) for b in BROKEN] + [("expert_swapped", True), ("weights_scaled", True)]
+    ("broken", "force_routing"),
+    [(b, False) for b in BROKEN] + [("expert_swapped", True), ("weights_scaled", True)],
 )
 def test_known_defects_fail_and_are_named(tmp_path: Path, broken: str, force_routing: bool) -> None:
     report = verify(make_tiny_bundle(tmp_path / "b", broken=broken), force_routing=force_routing)
