@@ -196,9 +196,6 @@ class Contest:
             if entry.info.name == ENGINE and not isinstance(error, NotPossible):
                 raise _engine_error(error) from error
             self.skip(entry.info.name, str(error), workload.text)
-            if isinstance(error, Failed):
-                entry.seat.close()
-                self.entries.remove(entry)
             return None
         finally:
             if meter is not None:

@@ -69,7 +69,7 @@ class ProcessSeat:
         try:
             self._process.stdin.write(json.dumps({"op": op, **values}).encode() + b"\n")
             self._process.stdin.flush()
-        except OSError:
+        except (OSError, ValueError):  # The pipe is broken, or was closed here after a timeout.
             raise Failed(self._death()) from None
         try:
             line = self._lines.get(timeout=timeout)
@@ -100,6 +100,8 @@ class ProcessSeat:
     def _death(self) -> str:
         """What became of the process."""
         code = self._process.wait()
+        if self._log.closed:
+            return "its process was ended before"
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").strip().splitlines()
         said = f": {lines[-1][-_TAIL:]}" if lines else ""

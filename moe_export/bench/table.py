@@ -4,20 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .result import ENGINE, BenchReport, Row, workload_text
+from .result import ENGINE, BenchReport, Row, Skipped, workload_text
 
 
 def format_table(report: BenchReport) -> str:
     """Contestants, times per workload, speed-ups, what was skipped and why, and the machine."""
     parts = [_machine(report), _contestants(report), _times(report), _speedups(report)]
     if report.skipped:
-        lines = [
-            f"- {s.contestant}{f' ({s.workload})' if s.workload else ''}: {s.reason}" for s in report.skipped
-        ]
+        lines = [f"- {name}: {reason}" for name, reason in group_skipped(report.skipped)]
         parts.append("Not measured:\n" + "\n".join(lines))
     if report.notes:
         parts.append("\n".join(f"- {note}" for note in report.notes))
     return "\n\n".join(parts)
+
+
+def group_skipped(skipped: Sequence[Skipped]) -> list[tuple[str, str]]:
+    """(who, reason), with the workloads that share contestant and reason in one entry."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for item in skipped:
+        groups.setdefault((item.contestant, item.reason), []).append(item.workload)
+    return [
+        (f"{name} ({', '.join(workloads)})" if any(workloads) else name, reason)
+        for (name, reason), workloads in groups.items()
+    ]
 
 
 def _machine(report: BenchReport) -> str:

@@ -52,7 +52,7 @@ class TorchRunner(Runner):
         self._call: Callable[..., Any] | None = None
         self._cache: Any = None
         self._plan: list[Routing] | None = None
-        self._usual: str = ""
+        self._usual: Any = None
 
     @property
     def loaded(self) -> LoadedSource:
@@ -132,15 +132,15 @@ class TorchRunner(Runner):
         import torch
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-        pairs = {
-            module: (torch.from_numpy(ids).to(torch.int64), torch.from_numpy(weights))
-            for module, (ids, weights) in zip(experts, routing, strict=True)
+        # By identity: each experts module with its routing and the implementation it runs usually.
+        plans = {
+            id(module): (*map(torch.from_numpy, pair), module.config._experts_implementation)
+            for module, pair in zip(experts, routing, strict=True)
         }
         self._usual = model.get_experts_implementation()
-        usual = self._usual
 
         def forced(self: Any, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Any:
-            new_ids, new_weights = pairs[self]
+            new_ids, new_weights, usual = plans[id(self)]
             if new_ids.shape != ids.shape:
                 raise NotPossible(
                     f"its experts take routing of shape {tuple(ids.shape)}, not {tuple(new_ids.shape)}"
