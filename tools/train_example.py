@@ -34,8 +34,10 @@ SPECIALS = {"<pad>": PAD, "<bos>": BOS, "<eos>": EOS}
 CONTEXT = 2048
 """``max_position_embeddings``: the longest sequence the model was trained for."""
 AUX_LOSS = 0.15
-EVAL_CHARS, EVAL_SEED = 65_536, 0
-"""The held-out text that ``metrics.json`` is about: ``heldout_text(EVAL_CHARS, EVAL_SEED)``."""
+EVAL_CHARS, EVAL_SEED, EVAL_WINDOW = 65_536, 0, 512
+"""``metrics.json`` is about ``heldout_text(EVAL_CHARS, EVAL_SEED)`` in windows of so many tokens."""
+QUICK_CHARS = 8_192
+"""Length of its beginning that a quick check measures."""
 
 
 @dataclass(frozen=True)
@@ -215,21 +217,27 @@ def measure(model: MixtralForCausalLM, chars: int) -> dict[str, Any]:
     import torch
 
     text = heldout_text(chars, EVAL_SEED)
-    window = 512
-    before = evaluate(model, text, window)
+    before = evaluate(model, text, EVAL_WINDOW)
     model.to(torch.bfloat16)
-    in_bfloat16 = evaluate(model, text, window)
+    in_bfloat16 = evaluate(model, text, EVAL_WINDOW)
+    quick_in_bfloat16 = evaluate(model, text[:QUICK_CHARS], EVAL_WINDOW)
     model.float()
-    shipped = evaluate(model, text, window)
+    shipped = evaluate(model, text, EVAL_WINDOW)
+    quick = evaluate(model, text[:QUICK_CHARS], EVAL_WINDOW)
     by_window = {str(n): round(evaluate(model, text, n).nats_per_byte, 5) for n in (128, 256, 1024, CONTEXT)}
     model.to(torch.bfloat16)
     return {
         "text": {"chars": chars, "seed": EVAL_SEED, "sha256": hashlib.sha256(text.encode()).hexdigest()},
-        "window": window,
+        "window": EVAL_WINDOW,
         "nats_per_byte": {
             "float32_weights": round(before.nats_per_byte, 5),
             "shipped_weights_in_float32": round(shipped.nats_per_byte, 5),
             "shipped_weights_in_bfloat16": round(in_bfloat16.nats_per_byte, 5),
+        },
+        "nats_per_byte_of_the_beginning": {
+            "chars": min(QUICK_CHARS, chars),
+            "shipped_weights_in_float32": round(quick.nats_per_byte, 5),
+            "shipped_weights_in_bfloat16": round(quick_in_bfloat16.nats_per_byte, 5),
         },
         "nats_per_byte_by_window": by_window,
         "usage_entropy": [round(e, 4) for e in shipped.usage_entropy],

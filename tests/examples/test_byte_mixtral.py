@@ -99,32 +99,42 @@ def test_committed_tokenizer_is_what_the_tool_writes(byte_mixtral: Path, tmp_pat
         assert json.loads((byte_mixtral / committed).read_text()) == written
 
 
+@pytest.mark.parametrize(
+    "part", ["nats_per_byte_of_the_beginning", pytest.param("nats_per_byte", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_held_out_loss_is_what_metrics_json_says(byte_mixtral: Path, metrics: Metrics, dtype: str) -> None:
+def test_held_out_loss_is_what_metrics_json_says(
+    byte_mixtral: Path, metrics: Metrics, dtype: str, part: str
+) -> None:
     import torch
     from heldout_text import heldout_text
-    from train_example import EVAL_CHARS, EVAL_SEED, evaluate
+    from train_example import EVAL_SEED, evaluate
     from transformers import AutoModelForCausalLM
 
     held_out = metrics["held_out"]
-    text = heldout_text(EVAL_CHARS, EVAL_SEED)
+    text = heldout_text(held_out["text"]["chars"], EVAL_SEED)
     same_text = hashlib.sha256(text.encode()).hexdigest() == held_out["text"]["sha256"]
-    # Another version of Python has another text; the loss then only has to be of the same kind.
-    tolerance = (1e-3 if dtype == "float32" else 5e-3) if same_text else 0.2
+    said = held_out[part][f"shipped_weights_in_{dtype}"]
+    text = text[: held_out[part].get("chars")]
+    # Another version of Python has another text; the loss then only has to be of the same kind (untrained: 5.6).
+    other_text = 0.2 if part == "nats_per_byte" else 0.6
+    tolerance = (1e-3 if dtype == "float32" else 5e-3) if same_text else other_text
     model = AutoModelForCausalLM.from_pretrained(byte_mixtral, dtype=getattr(torch, dtype)).eval()
     measured = evaluate(model, text, held_out["window"])
-    said = held_out["nats_per_byte"][f"shipped_weights_in_{dtype}"]
     assert measured.nats_per_byte == pytest.approx(said, abs=tolerance)
-    assert measured.usage_entropy == pytest.approx(held_out["usage_entropy"], abs=0.01 if same_text else 0.1)
+    if part == "nats_per_byte":
+        assert measured.usage_entropy == pytest.approx(
+            held_out["usage_entropy"], abs=0.01 if same_text else 0.1
+        )
 
 
-def test_the_loss_check_notices_a_damaged_model(byte_mixtral: Path, metrics: Metrics) -> None:
+def test_the_loss_check_notices_a_damaged_model(byte_mixtral: Path) -> None:
     import torch
     from heldout_text import heldout_text
     from train_example import evaluate
     from transformers import AutoModelForCausalLM
 
-    text = heldout_text(8_192)
+    text = heldout_text(4_096)
     model = AutoModelForCausalLM.from_pretrained(byte_mixtral, dtype=torch.float32).eval()
     intact = evaluate(model, text, 512).nats_per_byte
     with torch.no_grad():
@@ -185,7 +195,7 @@ def test_training_tool_is_deterministic_and_leaves_other_files(tmp_path: Path) -
             folder = tmp_path / name
             folder.mkdir()
             (folder / "README.md").write_text("kept")
-            written = run(steps=2, seed=5, threads=threads, peak=1e-3, output=folder, eval_chars=4_096)
+            written = run(steps=1, seed=5, threads=threads, peak=1e-3, output=folder, eval_chars=2_100)
             digests.append(hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest())
             assert (folder / "README.md").read_text() == "kept"
             assert json.loads((folder / "metrics.json").read_text()) == written
