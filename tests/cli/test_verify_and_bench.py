@@ -1,4 +1,4 @@
-"""``moe-export verify`` and ``bench`` on hand-written bundles, whole and broken; the yardstick is a golden file."""
+"""``moe-export verify`` and ``bench`` on hand-written bundles; the yardstick is a golden file."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def golden(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_right_engine(bundle: Path, golden: Path, tmp_path: Path) -> None:
-    result = invoke(
-        "verify", bundle, "--against", golden, "--output", tmp_path / "out", "--junit", tmp_path / "j" / "p.xml"
-    )
+    files = ("--output", tmp_path / "out", "--junit", tmp_path / "j" / "p.xml")
+    result = invoke("verify", bundle, "--against", golden, *files)
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[-1].startswith("verified against golden")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["parity.json", "parity.junit.xml", "parity.md"]
+    written = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert written == ["parity.json", "parity.junit.xml", "parity.md"]
     assert json.loads((tmp_path / "out" / "parity.json").read_text())["passed"] is True
     assert ElementTree.parse(tmp_path / "j" / "p.xml").getroot().get("failures") == "0"
 
