@@ -116,7 +116,7 @@ def test_held_out_loss_is_what_metrics_json_says(
     same_text = hashlib.sha256(text.encode()).hexdigest() == held_out["text"]["sha256"]
     said = held_out[part][f"shipped_weights_in_{dtype}"]
     text = text[: held_out[part].get("chars")]
-    # Another version of Python has another text; the loss then only has to be of the same kind (untrained: 5.6).
+    # Another version of Python has another text; its loss only has to be of the same kind (untrained: 5.6).
     other_text = 0.2 if part == "nats_per_byte" else 0.6
     tolerance = (1e-3 if dtype == "float32" else 5e-3) if same_text else other_text
     model = AutoModelForCausalLM.from_pretrained(byte_mixtral, dtype=getattr(torch, dtype)).eval()
