@@ -164,7 +164,7 @@ def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
 def run() -> None:
     """Entry point of the command. SIGTERM unwinds like Ctrl-C, so that temporary files are removed."""
     signal.signal(signal.SIGTERM, _terminate)
-    # transformers draws bars and prints warnings of its own between moe-export's; what matters is raised or noted.
+    # transformers draws bars and prints warnings of its own; what matters is raised or noted by moe-export.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     cli()
