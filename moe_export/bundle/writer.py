@@ -9,22 +9,21 @@ import os
 import secrets
 import shutil
 import signal
-import stat
 import threading
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import FrameType, TracebackType
 
+from moe_export.bundle.hashing import FolderHashes
 from moe_export.bundle.lock import NO_SPACE, leftovers, no_space_text, output_lock, write_error
 from moe_export.bundle.manifest import MANIFEST_NAME, manifest_fault, write_manifest
-from moe_export.bundle.names import path_fault, shown
 from moe_export.bundle.reader import Bundle
 from moe_export.bundle.swap import replace_folder, sync_folder
 from moe_export.bundle.tools import tool_versions
 from moe_export.errors import BundleError, EnvironmentLacksError, MoeExportError, UsageError
-from moe_export.files import bytes_text, describe_path, read_json_object, sha256_file
+from moe_export.files import bytes_text, describe_path, read_json_object
 from moe_export.progress import NullProgress, Progress
-from moe_export.schema import FileEntry, Manifest
+from moe_export.schema import Manifest
 
 _NO_SPACE_WORDS = ("No space left on device", "Disk quota exceeded")
 _END_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -90,6 +89,7 @@ class BundleWriter:
             except OSError as error:
                 raise write_error(error, self._output) from error
             self._temporary = temporary
+            self._hashes = FolderHashes(temporary)
             self._stack = stack.pop_all()
         return self
 
@@ -148,7 +148,7 @@ class BundleWriter:
         temporary = self.path
         complete = dataclasses.replace(
             manifest,
-            files=self._hash_files(temporary),
+            files=self._hashes.entries(self._progress),
             tools={**tool_versions(), **manifest.tools},
             created=manifest.created or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
@@ -162,36 +162,6 @@ class BundleWriter:
                 raise
             raise write_error(error, self._output) from error
         return Bundle(temporary, complete)
-
-    def _hash_files(self, folder: Path) -> tuple[FileEntry, ...]:
-        files: list[tuple[str, Path, int]] = []
-
-        def fail(error: OSError) -> None:
-            raise error
-
-        for where, folders, names in os.walk(folder, onerror=fail):
-            for name in folders:
-                if (Path(where) / name).is_symlink():
-                    raise BundleError(f"{Path(where) / name} is a link; a bundle holds copies")
-            for name in names:
-                path = Path(where) / name
-                relative = path.relative_to(folder).as_posix()
-                if relative == MANIFEST_NAME:
-                    continue
-                fault = path_fault(relative)
-                if fault is not None:
-                    raise BundleError(f"file name {shown(relative)} {fault}; a bundle cannot hold it")
-                info = path.lstat()
-                if not stat.S_ISREG(info.st_mode):
-                    raise BundleError(
-                        f"{path} is not a plain file; a bundle holds copies, no links or devices"
-                    )
-                files.append((relative, path, info.st_size))
-        entries = []
-        with self._progress.stage("hash files", sum(size for _, _, size in files)) as advance:
-            for relative, path, size in sorted(files):
-                entries.append(FileEntry(relative, size, sha256_file(path, advance)))
-        return tuple(entries)
 
     def _check_output(self) -> None:
         output = self._output
@@ -208,8 +178,7 @@ class BundleWriter:
         if not replaceable:
             raise UsageError(
                 f"{self._asked} {describe_path(output)}; --overwrite replaces only bundles and empty "
-                "folders, so "
-                "choose another output folder with -o"
+                "folders, so choose another output folder with -o"
             )
 
     def _check_space(self) -> None:

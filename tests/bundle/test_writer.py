@@ -8,14 +8,16 @@ import json
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from moe_export.bundle import BundleWriter, open_bundle, swap
+from moe_export.bundle import BundleWriter, hashing, open_bundle, swap
 from moe_export.errors import BundleError, EnvironmentLacksError, UsageError
+from moe_export.progress import NullProgress
 from tests.bundle.sample import fill, make_bundle, make_manifest, names
 
 
@@ -216,7 +218,7 @@ def _folder_link(folder: Path) -> None:
     [
         (lambda p: (p / "model.onnx").unlink(), {}, "model_file 'model.onnx' is not among the listed files"),
         (_link, {}, "copy.bin is not a plain file"),
-        (_folder_link, {}, "more is a link"),
+        (_folder_link, {}, "more is not a plain file"),
         (lambda p: os.mkfifo(p / "pipe"), {}, "pipe is not a plain file"),
         (lambda p: (p / "a\nb").write_text(""), {}, r"'a\\nb' contains the control character U\+000A"),
         (lambda p: (p / "a\\b").write_text(""), {}, "contains a backslash"),
@@ -239,6 +241,58 @@ def test_commit_refuses_what_no_bundle_may_hold(
         damage(writer.path)
         writer.commit(make_manifest(**changes))
     assert names(tmp_path) == []
+
+
+def test_stage_makes_a_bundle_that_opens_where_it_lies(tmp_path: Path) -> None:
+    with BundleWriter(tmp_path / "engine") as writer:
+        fill(writer.path)
+        staged = writer.stage(make_manifest())
+        assert staged.path == writer.path
+        assert open_bundle(writer.path).manifest == staged.manifest
+        (writer.path / "evidence").mkdir()
+        (writer.path / "evidence" / "parity.json").write_text("{}")
+        assert not (tmp_path / "engine").exists()
+        writer.commit(make_manifest(evidence={"parity": {}}))
+    final = open_bundle(tmp_path / "engine").manifest
+    assert "evidence/parity.json" in [entry.path for entry in final.files]
+    assert final.evidence == {"parity": {}}
+
+
+def test_commit_hashes_again_only_what_changed_since_it_was_staged(tmp_path: Path) -> None:
+    progress = Recorder()
+    with BundleWriter(tmp_path / "engine", progress=progress) as writer:
+        fill(writer.path)
+        time.sleep(1.1)  # until then a file counts as just written
+        writer.stage(make_manifest())
+        model = (writer.path / "model.onnx").stat().st_size
+        assert progress.stages["hash files"] == [model + 82, model + 82]
+        writer.stage(make_manifest())
+        assert progress.stages["hash files"] == [0, 0]
+        weights = writer.path / "weights.bin"
+        before = weights.stat()
+        weights.write_bytes(bytes(80))
+        os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+        writer.commit(make_manifest())
+        assert progress.stages["hash files"] == [80, 80]
+    open_bundle(tmp_path / "engine")
+
+
+def test_files_just_written_are_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a file system with a coarse clock (here half a second), a change can leave size and times as they
+    were."""
+    stamp, tick = hashing._stamp, 500_000_000
+
+    def coarse(path: Path) -> tuple[int, int, int, int]:
+        size, modified, changed, inode = stamp(path)
+        return size, modified // tick * tick, changed // tick * tick, inode
+
+    monkeypatch.setattr(hashing, "_stamp", coarse)
+    path = tmp_path / "weights.bin"
+    hashes = hashing.FolderHashes(tmp_path)
+    for value in range(20):
+        path.write_bytes(bytes([value]) * 80)
+        (entry,) = hashes.entries(NullProgress())
+        assert entry.sha256 == hashlib.sha256(bytes([value]) * 80).hexdigest()
 
 
 def test_output_that_came_up_during_the_build_is_kept(tmp_path: Path) -> None:
