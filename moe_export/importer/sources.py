@@ -194,7 +194,7 @@ def state_hash(module: nn.Module) -> str:
 def _folder_source(folder: Path, task: str | None, trust_remote_code: bool, progress: Progress) -> LoadedSource:
     from .checkpoint import check_finite, inspect_checkpoint, source_hash
 
-    inspect_checkpoint(folder)
+    inspect_checkpoint(folder, trust_remote_code=trust_remote_code)
     check_finite(folder, progress)
     digest = source_hash(folder, progress)
     _require("transformers", "transformers")
