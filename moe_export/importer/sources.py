@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -201,7 +203,7 @@ def _folder_source(folder: Path, task: str | None, trust_remote_code: bool, prog
     import torch
     import transformers
 
-    with progress.stage("load the source model"):
+    with progress.stage("load the source model"), _no_library_bars():
         config = transformers.AutoConfig.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
@@ -219,6 +221,20 @@ def _folder_source(folder: Path, task: str | None, trust_remote_code: bool, prog
             raise SourceError(f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}") from error
     source = _library_source(model.eval(), str(folder), task, digest)
     return source
+
+
+@contextmanager
+def _no_library_bars() -> Iterator[None]:
+    """Keep transformers' own progress bars off the terminal; ours is the one the user sees."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _library_source(model: nn.Module, path: str | None, task: str | None, digest: str) -> LoadedSource:
