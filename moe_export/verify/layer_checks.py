@@ -8,7 +8,7 @@ from .agreement import place
 from .compare import compare_arrays
 from .layers import LayerComparison, LayerResult, row_error
 from .result import Check
-from .tolerance import Tolerances
+from .tolerance import FEW_TOKENS, Tolerances
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,7 +58,7 @@ def _row_checks(
         detail = f"{row.nonfinite} token(s) with a value that is not finite; first {where}"
         return [Check(limit.name, subject, None, limit.value, False, limit.reason, True, detail)]
     excuse = "" if judged else "a flipped near tie changes values; they are judged with routing forced"
-    return [
+    checks = [
         Check(
             limit.name,
             subject,
@@ -80,6 +80,12 @@ def _row_checks(
             f"over {fair.size} tokens; worst {where}",
         ),
     ]
+    if judged and not tolerances.exact_routing and fair.size >= FEW_TOKENS:
+        even = tolerances["moe.outlier"]
+        ratio = row.max / max(float(np.median(errors[fair])), 1e-30)
+        passed = row.max <= tolerances.token_limit(errors[fair])
+        checks.append(Check(even.name, subject, ratio, even.value, passed, even.reason, True, where))
+    return checks
 
 
 def _routing_checks(layer: LayerResult, tolerances: Tolerances) -> list[Check]:

@@ -259,6 +259,21 @@ def test_bfloat16_engine_passes_on_forced_routing(tmp_path: Path, low: TinyWeigh
     )
 
 
+def test_a_low_precision_engine_that_is_exact_elsewhere_may_not_be_a_little_wrong_somewhere(
+    tmp_path: Path, low: TinyWeights
+) -> None:
+    """Source and engine hold the same bfloat16 weights, so one expert off by 5 % is far from rounding."""
+    reference = TinyReference(low)
+    right = verify_bundle(
+        engines.bundle_of(tmp_path / "b", low, dtype="bfloat16"), against=reference, threads=1
+    )
+    assert right.passed
+    wrong = engines.change_layer(low, 1, down=engines.scaled(low.layers[1].down, 1.05, 2))
+    path = engines.bundle_of(tmp_path / "c", wrong, dtype="bfloat16")
+    finding = only(verify_bundle(path, against=reference, threads=1))
+    assert (finding.kind, finding.layer, finding.experts) == ("wrong expert", 1, (2,)), finding.message
+
+
 def test_bfloat16_engine_fails_float32_limits(tmp_path: Path, low: TinyWeights) -> None:
     assert not verify(engines.bundle_of(tmp_path / "b", low)).passed
 
