@@ -27,29 +27,18 @@ def reference(rows: NDArray[Any], order: NDArray[np.int64], weights: NDArray[Any
 
 
 def body(_attributes: Mapping[str, Any], _opset: int) -> str:
-    # The last Reshape is for T = 0: ONNX Runtime's ReduceSum then returns its input's shape.
+    # Sorting a permutation gives its inverse; the weighted sum over K is one small matrix product per token.
     return """
     count = Shape (order)
-    zero = Constant <value_int = 0> ()
-    one = Constant <value_int = 1> ()
-    total = Squeeze (count)
-    positions = Range (zero, total, one)
-    inverse = ScatterElements <axis = 0> (positions, order, positions)
-    unsorted = Gather <axis = 0> (rows, inverse)
-    unsorted_f32 = Cast <to = 1> (unsorted)
+    sorted_order, inverse = TopK <axis = 0, largest = 0, sorted = 1> (order, count)
     weights_shape = Shape (weights)
-    width = Shape <start = 1, end = 2> (rows)
-    shape = Concat <axis = 0> (weights_shape, width)
-    grouped = Reshape <allowzero = 1> (unsorted_f32, shape)
-    weights_f32 = Cast <to = 1> (weights)
-    last_axis = Constant <value_ints = [-1]> ()
-    weights_column = Unsqueeze (weights_f32, last_axis)
-    weighted = Mul (grouped, weights_column)
+    inverse_by_token = Reshape <allowzero = 1> (inverse, weights_shape)
+    grouped = Gather <axis = 0> (rows, inverse_by_token)
+    grouped_f32 = Cast <to = 1> (grouped)
     axis = Constant <value_ints = [1]> ()
-    summed = ReduceSum <keepdims = 0> (weighted, axis)
-    tokens = Shape <start = 0, end = 1> (weights)
-    out_shape = Concat <axis = 0> (tokens, width)
-    out_f32 = Reshape <allowzero = 1> (summed, out_shape)
+    weights_row = Unsqueeze (weights, axis)
+    summed = MatMul (weights_row, grouped_f32)
+    out_f32 = Squeeze (summed, axis)
     out = CastLike (out_f32, rows)
     """
 

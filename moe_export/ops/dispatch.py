@@ -25,38 +25,28 @@ def reference(
     import numpy as np
 
     flat = np.asarray(expert_ids).reshape(-1).astype(np.int64)
-    clipped = np.clip(flat, -1, num_experts)
-    order = np.argsort(clipped, kind="stable").astype(np.int64)
-    offsets = np.searchsorted(clipped[order], np.arange(num_experts + 1), side="left").astype(np.int64)
+    order = np.argsort(flat, kind="stable").astype(np.int64)
+    offsets = np.searchsorted(flat[order], np.arange(num_experts + 1), side="left").astype(np.int64)
     return order, offsets, order // max(np.asarray(expert_ids).shape[1], 1)
 
 
 def body(_attributes: Mapping[str, Any], _opset: int) -> str:
-    # The key expert * M + position is unique, so TopK (any tie rule) sorts stably.
+    # TopK takes the lower index first among equals (ONNX), so it sorts stably.
     return """
     minus_one_1d = Constant <value_ints = [-1]> ()
+    one_1d = Constant <value_ints = [1]> ()
     zero = Constant <value_int = 0> ()
     one = Constant <value_int = 1> ()
     num_experts_value = Constant <value_int : int = @num_experts> ()
-    ids_64 = Cast <to = 7> (expert_ids)
-    ids_flat = Reshape (ids_64, minus_one_1d)
-    minus_one = Neg (one)
-    ids_low = Max (ids_flat, minus_one)
-    ids = Min (ids_low, num_experts_value)
-    count_1d = Shape (ids)
-    count = Squeeze (count_1d)
-    position = Range (zero, count, one)
-    scaled = Mul (ids, count)
-    key = Add (scaled, position)
-    sorted_key, order = TopK <axis = 0, largest = 0, sorted = 1> (key, count_1d)
     bound = Add (num_experts_value, one)
-    experts = Range (zero, bound, one)
+    experts_64 = Range (zero, bound, one)
+    experts = Cast <to = 6> (experts_64)
     expert_column = Unsqueeze (experts, minus_one_1d)
-    zero_1d = Constant <value_ints = [0]> ()
-    ids_row = Unsqueeze (ids, zero_1d)
-    before = Less (ids_row, expert_column)
+    ids = Reshape (expert_ids, minus_one_1d)
+    count_1d = Shape (ids)
+    sorted_ids, order = TopK <axis = 0, largest = 0, sorted = 1> (ids, count_1d)
+    before = Less (sorted_ids, expert_column)
     before_64 = Cast <to = 7> (before)
-    one_1d = Constant <value_ints = [1]> ()
     offsets = ReduceSum <keepdims = 0> (before_64, one_1d)
     top_k = Shape <start = 1, end = 2> (expert_ids)
     tokens = Div (order, top_k)

@@ -165,7 +165,10 @@ def body(attributes: Mapping[str, Any], _opset: int) -> str:
         """)
         selection = "limited"
     lines.append(f"best, ids_64 = TopK <axis = -1, largest = 1, sorted = 1> ({selection}, top_k_count)")
-    lines.append("picked = GatherElements <axis = 1> (scores, ids_64)")
+    if selection == "scores":
+        lines.append("picked = Identity (best)")
+    else:
+        lines.append("picked = GatherElements <axis = 1> (scores, ids_64)")
     if score == "softmax_after_topk":
         lines.append("raw = Softmax <axis = -1> (picked)")
     else:

@@ -16,7 +16,7 @@ def _define_ops() -> None:
     import torch
 
     def dispatch(expert_ids: torch.Tensor, num_experts: int, drops: bool, layer: str) -> tuple[torch.Tensor, ...]:
-        flat = expert_ids.reshape(-1).to(torch.int64).clamp(-1, num_experts)
+        flat = expert_ids.reshape(-1).to(torch.int64)
         order = torch.argsort(flat, stable=True)
         bounds = torch.arange(num_experts + 1, device=flat.device)
         offsets = torch.searchsorted(flat[order].contiguous(), bounds, side="left")

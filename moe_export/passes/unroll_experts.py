@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -203,19 +204,8 @@ def _unroll(graph: ir.Graph, node: ir.Node, kind: _Kind, drops: bool | None = No
         graph.register_initializer(value)
         return value
 
-    zero, one = constant("moe.const.0", [0]), constant("moe.const.1", [1])
-    minus_one, far = constant("moe.const.-1", [-1]), constant("moe.const.max", [2**62])
-    (starts,) = add("Slice", [offsets, zero, minus_one, zero])
-    (ends,) = add("Slice", [offsets, one, far, zero])
-    (sizes,) = add("Sub", [ends, starts])
-    count = kind.experts
-    if drops:
-        (first,) = add("Slice", [offsets, zero, one, zero])
-        (last,) = add("Slice", [offsets, minus_one, far, zero])
-        (all_rows,) = add("Shape", [rows], start=0, end=1)
-        (rest,) = add("Sub", [all_rows, last])
-        (sizes,) = add("Concat", [first, sizes, rest], axis=0)
-        count += 2
+    sizes = _part_sizes(offsets, drops, rows, add, constant)
+    count = kind.experts + (2 if drops else 0)
     parts = add("Split", [rows, sizes], outputs=count, axis=0) if count > 1 else [rows]
     array = weight.const_value.numpy()
     products: list[ir.Value | None] = []
@@ -245,6 +235,33 @@ def _unroll(graph: ir.Graph, node: ir.Node, kind: _Kind, drops: bool | None = No
     old.replace_all_uses_with(joined, replace_graph_outputs=True)
     old.name, joined.name = f"{name}.op", name
     graph.remove(node, safe=True)
+
+
+def _part_sizes(
+    offsets: ir.Value, drops: bool, rows: ir.Value, add: Callable[..., list[ir.Value]],
+    constant: Callable[[str, list[int]], ir.Value],
+) -> ir.Value:
+    """Rows per expert, with those before and after the experts' when ``drops``; shared by a layer's matmuls."""
+    name = f"{offsets.name}.sizes"
+    for user, _ in offsets.uses():
+        if user.op_type == "Slice" and user.outputs[0].name == f"{name}.starts":
+            (found,) = [n.outputs[0] for n, _ in user.outputs[0].uses() if n.op_type == "Sub"]
+            wider = [n.outputs[0] for n, _ in found.uses() if n.op_type == "Concat" and n.outputs[0].name == name]
+            return wider[0] if drops else found
+    zero, one = constant("moe.const.0", [0]), constant("moe.const.1", [1])
+    minus_one, far = constant("moe.const.-1", [-1]), constant("moe.const.max", [2**62])
+    (starts,) = add("Slice", [offsets, zero, minus_one, zero])
+    starts.name = f"{name}.starts"
+    (ends,) = add("Slice", [offsets, one, far, zero])
+    (sizes,) = add("Sub", [ends, starts])
+    if drops:
+        (first,) = add("Slice", [offsets, zero, one, zero])
+        (last,) = add("Slice", [offsets, minus_one, far, zero])
+        (all_rows,) = add("Shape", [rows], start=0, end=1)
+        (rest,) = add("Sub", [all_rows, last])
+        (sizes,) = add("Concat", [first, sizes, rest], axis=0)
+        sizes.name = name
+    return sizes
 
 
 def _drop_unused(model: ir.Model) -> None:
