@@ -90,6 +90,12 @@ def create_session(
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.intra_op_num_threads = threads or default_threads()
     options.inter_op_num_threads = 1
+    # Threads spin between the operators of a run, where waking them would cost more, and sleep between runs.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    # ONNX Runtime would keep a memory plan for every input shape it ever saw, and decoding makes a new one
+    # each step.
+    options.enable_mem_pattern = False
     # Errors are raised, so logging them as well would only print them twice.
     options.log_severity_level = _FATAL
     if not prepack:
