@@ -80,6 +80,8 @@ def build(
     config = dataclasses.replace(config or BuildConfig(), **options)
     progress = progress or NullProgress()
     output = Path(output)
+    if not (output / "manifest.json").is_file():
+        BundleWriter(output, overwrite=config.overwrite).check()
     loaded = load_source(source, task=config.task, inputs=inputs, dynamic=dynamic,
                          trust_remote_code=config.trust_remote_code, progress=progress)
     key = cache_key(loaded.info.hash, config.key_fields())
@@ -184,7 +186,8 @@ def _gather_evidence(
     if config.bench:
         from .bench import bench_bundle
 
-        chosen = {"batch": config.bench_batches, "sequence": config.bench_sequences, "rounds": config.bench_rounds}
+        chosen: dict[str, Any] = {"batch": config.bench_batches, "sequence": config.bench_sequences,
+                                  "rounds": config.bench_rounds}
         measured = bench_bundle(
             writer.path, source=loaded.module if loaded.path is None else str(loaded.path), threads=config.threads,
             seed=config.seed, trust=True, progress=progress, **{k: v for k, v in chosen.items() if v is not None},

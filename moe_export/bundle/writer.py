@@ -70,12 +70,16 @@ class BundleWriter:
             )
         return self._temporary
 
-    def __enter__(self) -> BundleWriter:
-        if self._stack is not None:
-            raise BundleError("a BundleWriter is used once")
+    def check(self) -> None:
+        """Refuse the output now, as entering would, before long work that would be for nothing."""
         self._output = _resolve(self._asked)
         _check_parent(self._output)
         self._check_output()
+
+    def __enter__(self) -> BundleWriter:
+        if self._stack is not None:
+            raise BundleError("a BundleWriter is used once")
+        self.check()
         with ExitStack() as stack:
             stack.enter_context(_EndSignals())
             stack.enter_context(output_lock(self._output))
