@@ -45,8 +45,16 @@ def export(
     Raises:
         UsageError, SourceError, ExportError, EnvironmentLacksError: see the message.
     """
-    config = BuildConfig(target="portable", task=task, dtype=dtype, opset=opset, verify=False, bench=False,
-                         overwrite=overwrite, trust_remote_code=trust_remote_code)
+    config = BuildConfig(
+        target="portable",
+        task=task,
+        dtype=dtype,
+        opset=opset,
+        verify=False,
+        bench=False,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+    )
     return build(source, output, config, inputs=inputs, dynamic=dynamic, progress=progress).path
 
 
@@ -82,17 +90,29 @@ def build(
     output = Path(output)
     if not (output / "manifest.json").is_file():
         BundleWriter(output, overwrite=config.overwrite).check()
-    loaded = load_source(source, task=config.task, inputs=inputs, dynamic=dynamic,
-                         trust_remote_code=config.trust_remote_code, progress=progress)
+    loaded = load_source(
+        source,
+        task=config.task,
+        inputs=inputs,
+        dynamic=dynamic,
+        trust_remote_code=config.trust_remote_code,
+        progress=progress,
+    )
     key = cache_key(loaded.info.hash, config.key_fields())
     unchanged = find_unchanged(output, key, progress=progress) if output.exists() else None
     if unchanged is not None:
         progress.note(f"{output} is unchanged: same source, options and tools; nothing to build")
         _raise_if_failed(unchanged)
         return unchanged
-    weight_bytes = sum(p.numel() for p in loaded.module.parameters()) * (4 if config.dtype == "float32" else 2)
-    with BundleWriter(output, overwrite=config.overwrite, required_bytes=int(weight_bytes * 1.1) + (1 << 20),
-                      progress=progress) as writer:
+    weight_bytes = sum(p.numel() for p in loaded.module.parameters()) * (
+        4 if config.dtype == "float32" else 2
+    )
+    with BundleWriter(
+        output,
+        overwrite=config.overwrite,
+        required_bytes=int(weight_bytes * 1.1) + (1 << 20),
+        progress=progress,
+    ) as writer:
         manifest = _write_engine(loaded, config, writer, progress)
         manifest = dataclasses.replace(manifest, evidence={**manifest.evidence, "cache_key": key})
         manifest = _gather_evidence(loaded, config, writer, manifest, progress)
@@ -105,8 +125,10 @@ def build(
 def _raise_if_failed(bundle: Bundle) -> None:
     parity = bundle.manifest.evidence.get("parity")
     if isinstance(parity, dict) and parity.get("passed") is False:
-        raise CheckFailed(f"{bundle.path}: parity with the source failed; the bundle is written for you to look at, see "
-                          f"{bundle.path / 'report.html'} or run: moe-export verify {bundle.path}")
+        raise CheckFailed(
+            f"{bundle.path}: parity with the source failed; the bundle is written for you to look at, see "
+            f"{bundle.path / 'report.html'} or run: moe-export verify {bundle.path}"
+        )
 
 
 def _write_engine(
@@ -122,13 +144,24 @@ def _write_engine(
             exported, writer.path, {"expert_lowering": config.expert_lowering, "threads": config.threads}
         )
     count = count_parameters(loaded.module, getattr(loaded.module, "config", None))
-    parameters = {"total": count.total, "active": count.active,
-                  "active_without_embeddings": count.active_without_embeddings}
+    parameters = {
+        "total": count.total,
+        "active": count.active,
+        "active_without_embeddings": count.active_without_embeddings,
+    }
     text = _copy_tokenizer(loaded, writer.path)
     return Manifest(
-        source=loaded.info, task=loaded.task, target=config.target, dtype=config.dtype, opset=config.opset,
-        io=lowered.io, limits=Limits(config.max_batch, _max_sequence(loaded, config)), moe_layers=lowered.moe_layers,
-        decisions=lowered.decisions, notes=lowered.notes, text=text,
+        source=loaded.info,
+        task=loaded.task,
+        target=config.target,
+        dtype=config.dtype,
+        opset=config.opset,
+        io=lowered.io,
+        limits=Limits(config.max_batch, _max_sequence(loaded, config)),
+        moe_layers=lowered.moe_layers,
+        decisions=lowered.decisions,
+        notes=lowered.notes,
+        text=text,
         parameters={k: int(v) for k, v in parameters.items() if v is not None},
     )
 
@@ -144,7 +177,9 @@ def _max_sequence(loaded: LoadedSource, config: BuildConfig) -> int | None:
     if not isinstance(limit, int) or limit <= 0:
         return config.max_sequence
     if config.max_sequence is not None and config.max_sequence > limit:
-        raise UsageError(f"max_sequence: {config.max_sequence} is beyond the {limit} positions the model was made for")
+        raise UsageError(
+            f"max_sequence: {config.max_sequence} is beyond the {limit} positions the model was made for"
+        )
     return config.max_sequence or limit
 
 
@@ -186,11 +221,19 @@ def _gather_evidence(
     if config.bench:
         from .bench import bench_bundle
 
-        chosen: dict[str, Any] = {"batch": config.bench_batches, "sequence": config.bench_sequences,
-                                  "rounds": config.bench_rounds}
+        chosen: dict[str, Any] = {
+            "batch": config.bench_batches,
+            "sequence": config.bench_sequences,
+            "rounds": config.bench_rounds,
+        }
         measured = bench_bundle(
-            writer.path, source=loaded.module if loaded.path is None else str(loaded.path), threads=config.threads,
-            seed=config.seed, trust=True, progress=progress, **{k: v for k, v in chosen.items() if v is not None},
+            writer.path,
+            source=loaded.module if loaded.path is None else str(loaded.path),
+            threads=config.threads,
+            seed=config.seed,
+            trust=True,
+            progress=progress,
+            **{k: v for k, v in chosen.items() if v is not None},
         )
         bench = measured.to_dict()
         summaries["bench"] = measured.summary()
@@ -207,8 +250,13 @@ def _verify(
     from .models.reference import ReferenceModel
 
     report: ParityReport = verify_bundle(
-        folder, against=ReferenceModel(loaded), trust=True, tolerances=config.tolerances or None, seed=config.seed,
-        threads=config.threads, progress=progress,
+        folder,
+        against=ReferenceModel(loaded),
+        trust=True,
+        tolerances=config.tolerances or None,
+        seed=config.seed,
+        threads=config.threads,
+        progress=progress,
     )
     return report
 
