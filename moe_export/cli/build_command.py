@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +17,9 @@ from moe_export.cli.options import (
 )
 from moe_export.config import EXPERT_LOWERINGS, TARGETS, load_config_file, merge
 from moe_export.schema import DTYPES, TASKS
+
+if TYPE_CHECKING:
+    from moe_export.bundle import Bundle
 
 
 @click.command("build", short_help="Build an engine: export, lower, build, verify, bench.")
@@ -66,5 +70,26 @@ def command(
     if as_json:
         print_json({"path": str(bundle.path), "manifest": to_json(bundle.manifest)})
     else:
-        click.echo(f"built {bundle.path}")
+        click.echo("\n".join([f"built {bundle.path}", *_evidence(bundle)]))
     return 0
+
+
+def _evidence(bundle: Bundle) -> Iterator[str]:
+    """What the build found out, in a line each; a bundle without evidence has none."""
+    parity, bench = (bundle.manifest.evidence.get(name) for name in ("parity", "bench"))
+    if isinstance(parity, dict):
+        error, routes = parity.get("relative_error"), parity.get("route_agreement")
+        words = [f"{parity.get('cases')} cases"]
+        words += [] if error is None else [f"largest relative error {error:.1e}"]
+        words += [] if routes is None else [f"the same experts for {100 * routes:.2f} % of tokens"]
+        yield f"verified: {', '.join(words)}"
+    if isinstance(bench, dict):
+        for other, name in (("vs_eager", "PyTorch eager"), ("vs_best", "the fastest alternative")):
+            ratios = {phase: x for phase, x in (bench.get(other) or {}).items() if x is not None}
+            if ratios:
+                text = ", ".join(f"{phase} {x:.2f}x" for phase, x in ratios.items())
+                noisy = " (measured beside other busy processes)" if bench.get("noisy") else ""
+                yield f"speed against {name}: {text}{noisy}"
+    report = bundle.path / "evidence" / "report.html"
+    if report.is_file():
+        yield f"report: {report}"

@@ -60,7 +60,7 @@ def _text(summary: ModelSummary) -> str:
             exact = "" if value is None else f"  ({value})"
             lines.append(f"  {text:<22}{billions(value):>12}{exact}")
     if summary.routing:
-        lines.append(f"routing of the family (as tested): {summary.routing}")
+        lines.append(f"routing of the family, as tested: {summary.routing}")
     if summary.moe_layers:
         lines += ["", _layers(summary)]
     lines += [f"note: {note}" for note in summary.notes]
@@ -70,28 +70,37 @@ def _text(summary: ModelSummary) -> str:
 def _layers(summary: ModelSummary) -> str:
     from moe_export.cli.output import table
 
-    headers = ("layer", "name", "experts", "top-k", "hidden", "intermediate", "shared", "routing")
-    rows = [
-        (
-            layer.index,
-            layer.name,
-            layer.num_experts,
-            _known(layer.top_k),
-            _known(layer.hidden_size),
-            _known(layer.intermediate_size),
-            _known(layer.shared_experts),
-            ", ".join(f"{k}={_short(v)}" for k, v in layer.routing.items() if v not in (None, "")),
-        )
-        for layer in summary.moe_layers
-    ]
-    return table(headers, rows)
+    columns: dict[str, list[object]] = {
+        "layer": [layer.index for layer in summary.moe_layers],
+        "name": [layer.name for layer in summary.moe_layers],
+        "experts": [layer.num_experts for layer in summary.moe_layers],
+        "top-k": [_known(layer.top_k) for layer in summary.moe_layers],
+        "hidden": [_known(layer.hidden_size) for layer in summary.moe_layers],
+        "intermediate": [_known(layer.intermediate_size) for layer in summary.moe_layers],
+        "shared": [_known(layer.shared_experts) for layer in summary.moe_layers],
+        "routing": [_routing(layer.routing) for layer in summary.moe_layers],
+    }
+    if summary.kind == "bundle":  # a graph does not say which of its other parts are shared experts
+        del columns["shared"]
+    return table(list(columns), list(zip(*columns.values(), strict=True)))
 
 
 def _known(value: int | None) -> int | str:
     return "?" if value is None else value
 
 
-def _short(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{k}={v}" for k, v in value.items() if v is not None) + "}"
-    return str(value)
+_PLAIN = {"scale": 1.0, "epsilon": 0.0, "n_group": 1, "capacity": 0, "biased": 0}
+"""Router attributes that say nothing when they have these values."""
+_GROUPS = ("topk_group", "group_score", "group_mask")
+
+
+def _routing(routing: dict[str, Any]) -> str:
+    """What is known of a layer's router, without what is already in the table or switched off."""
+    router = routing.get("router")
+    if not isinstance(router, dict):
+        words = [f"{k}={v}" for k, v in routing.items() if v not in (None, "")]
+        return ", ".join(words)
+    skipped = {"layer", "top_k", *(_GROUPS if router.get("n_group", 1) == 1 else ())}
+    return ", ".join(
+        f"{k}={v}" for k, v in router.items() if k not in skipped and _PLAIN.get(k) != v and v is not None
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ from moe_export.inspect.parameters import ParameterCount, count_parameters
 
 if TYPE_CHECKING:
     import torch
+
+    from moe_export.schema import MoELayer
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def inspect_model(
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         parameters=_public(count),
         moe_layers=tuple(_layer(i, block) for i, block in enumerate(blocks)),
-        routing=_family_routing(type(model).__name__),
+        routing=_family_routing(type(model).__name__, blocks),
         notes=_notes(count, blocks),
     )
 
@@ -130,10 +133,16 @@ def _layer(index: int, block: ExpertBlock) -> LayerSummary:
     )
 
 
-def _family_routing(class_name: str) -> str:
+def _family_routing(class_name: str, layers: Sequence[ExpertBlock | MoELayer]) -> str:
+    """The family's routing in words, with this model's numbers where its layers agree on them."""
+    import re
+
     from moe_export.models.families import FAMILIES
 
-    return next((f.routing for f in FAMILIES.values() if class_name in f.classes), "")
+    text = next((f.routing for f in FAMILIES.values() if class_name in f.classes), "")
+    numbers = {(layer.top_k, layer.num_experts) for layer in layers}
+    top_k, experts = numbers.pop() if len(numbers) == 1 else (None, None)
+    return re.sub(r"top-\d+ of \d+", f"top-{top_k or 'K'} of {experts or 'E'}", text)
 
 
 def _inspect_huggingface(folder: Path, trust_remote_code: bool) -> ModelSummary:
@@ -237,7 +246,7 @@ def inspect_bundle(path: str | Path) -> ModelSummary:
         dtype=manifest.dtype,
         parameters={name: manifest.parameters.get(name) for name in known},
         moe_layers=layers,
-        routing=_family_routing(manifest.source.class_name),
+        routing=_family_routing(manifest.source.class_name, manifest.moe_layers),
         details={
             "target": manifest.target,
             "task": manifest.task,
