@@ -42,8 +42,14 @@ class Backend(ABC):
             ExportError: a pass broke the graph. OSError: the folder cannot be written.
         """
         context = PassContext(
-            exported.model, exported.io, exported.moe_layers, exported.dtype, exported.opset, dict(options),
-            list(exported.decisions), list(exported.notes),
+            exported.model,
+            exported.io,
+            exported.moe_layers,
+            exported.dtype,
+            exported.opset,
+            dict(options),
+            list(exported.decisions),
+            list(exported.notes),
         )
         run_pipeline(self.name, context)
         self._write(context, folder)

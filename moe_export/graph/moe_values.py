@@ -97,14 +97,20 @@ def name_moe_values(model: ir.Model) -> tuple[MoELayer, ...]:
         if not top_k and weights.shape is not None and isinstance(weights.shape[1], int):
             top_k = int(weights.shape[1])
         prefix = f"moe.{index}"
-        layers.append(MoELayer(
-            index=index, name=name, num_experts=experts, top_k=top_k, hidden_size=hidden_size,
-            intermediate_size=intermediate,
-            hidden=str(_rename(model, hidden, f"{prefix}.hidden").name),
-            expert_ids=str(_rename(model, ids, f"{prefix}.expert_ids").name),
-            weights=str(_rename(model, weights, f"{prefix}.weights").name),
-            output=str(_rename(model, combine.outputs[0], f"{prefix}.output").name),
-        ))
+        layers.append(
+            MoELayer(
+                index=index,
+                name=name,
+                num_experts=experts,
+                top_k=top_k,
+                hidden_size=hidden_size,
+                intermediate_size=intermediate,
+                hidden=str(_rename(model, hidden, f"{prefix}.hidden").name),
+                expert_ids=str(_rename(model, ids, f"{prefix}.expert_ids").name),
+                weights=str(_rename(model, weights, f"{prefix}.weights").name),
+                output=str(_rename(model, combine.outputs[0], f"{prefix}.output").name),
+            )
+        )
     return tuple(layers)
 
 
@@ -126,16 +132,25 @@ def rename_moe_values(model: ir.Model, layers: Sequence[MoELayer]) -> None:
     Raises:
         ExportError: a layer's Dispatch or Combine is gone.
     """
-    dispatches = {n.attributes["layer"].as_string(): n for n in model.graph
-                  if n.domain == DOMAIN and n.op_type == "Dispatch"}
+    dispatches = {
+        n.attributes["layer"].as_string(): n
+        for n in model.graph
+        if n.domain == DOMAIN and n.op_type == "Dispatch"
+    }
     for layer in layers:
         dispatch = dispatches.get(layer.name)
         combine = _consumer(dispatch.outputs[0], "Combine", DOMAIN) if dispatch is not None else None
         gather = _consumer(dispatch.outputs[2], "Gather", "") if dispatch is not None else None
         if dispatch is None or combine is None or gather is None:
-            raise ExportError(f"MoE layer {layer.name!r}: a rewrite removed its Dispatch, token gather or Combine")
-        found = {layer.hidden: gather.inputs[0], layer.expert_ids: dispatch.inputs[0],
-                 layer.weights: combine.inputs[2], layer.output: combine.outputs[0]}
+            raise ExportError(
+                f"MoE layer {layer.name!r}: a rewrite removed its Dispatch, token gather or Combine"
+            )
+        found = {
+            layer.hidden: gather.inputs[0],
+            layer.expert_ids: dispatch.inputs[0],
+            layer.weights: combine.inputs[2],
+            layer.output: combine.outputs[0],
+        }
         router = dispatch.inputs[0].producer() if dispatch.inputs[0] is not None else None
         if layer.logits is not None and router is not None and router.op_type == "Router":
             found[layer.logits] = router.inputs[0]

@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def ancestors(values: Sequence[ir.Value], stop: Collection[ir.Value] = ()) -> tuple[list[ir.Node], list[ir.Value]]:
+def ancestors(
+    values: Sequence[ir.Value], stop: Collection[ir.Value] = ()
+) -> tuple[list[ir.Node], list[ir.Value]]:
     """Nodes that ``values`` depend on, without going beyond ``stop``, and the values of ``stop`` that were reached.
 
     Values used inside subgraphs (If, Loop) count as inputs of their node.
@@ -33,7 +35,10 @@ def ancestors(values: Sequence[ir.Value], stop: Collection[ir.Value] = ()) -> tu
 
 
 def extract(
-    model: ir.Model, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], as_inputs: Sequence[ir.Value] = ()
+    model: ir.Model,
+    inputs: Sequence[ir.Value],
+    outputs: Sequence[ir.Value],
+    as_inputs: Sequence[ir.Value] = (),
 ) -> onnx.ModelProto | None:
     """A model that computes ``outputs`` from ``inputs`` (and from ``as_inputs``: initializers turned into inputs).
 
@@ -51,8 +56,9 @@ def extract(
     cut_ids = {id(v) for v in cut}
     initializers: dict[str, ir.Value] = {}
     for node in ordered:
-        if node.attributes and any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
-                                   for a in node.attributes.values()):
+        if node.attributes and any(
+            a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()
+        ):
             return None
         for value in node.inputs:
             if value is None or id(value) in cut_ids:
@@ -74,7 +80,8 @@ def extract(
         assert value.const_value is not None
         graph.initializer.append(ir.to_proto(ir.Tensor(value.const_value.numpy(), name=value.name)))
     piece = onnx.helper.make_model(
-        graph, opset_imports=[onnx.helper.make_opsetid(d, v) for d, v in model.graph.opset_imports.items()],
+        graph,
+        opset_imports=[onnx.helper.make_opsetid(d, v) for d, v in model.graph.opset_imports.items()],
         ir_version=10,
     )
     piece.functions.extend(ir.to_proto(f) for f in model.functions.values())

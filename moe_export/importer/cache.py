@@ -37,7 +37,8 @@ class CacheSlot:
     def symbolic_shape(self) -> tuple[int | str, ...]:
         """Shape of the input: ``batch`` first, ``past`` where it grows."""
         return tuple(
-            "batch" if axis == 0 else "past" if axis == self.past_axis else size for axis, size in enumerate(self.shape)
+            "batch" if axis == 0 else "past" if axis == self.past_axis else size
+            for axis, size in enumerate(self.shape)
         )
 
     def read(self, cache: Any) -> torch.Tensor:
@@ -105,18 +106,25 @@ def plan_cache(model: PreTrainedModel, probe: dict[str, torch.Tensor]) -> tuple[
     length = probe["input_ids"].shape[1]
     longer, shorter = run(length), run(length - 1)
     if [t[:2] for t in longer] != [t[:2] for t in shorter]:
-        raise UnsupportedModelError("the model's cache holds different tensors for different lengths; "
-                                    "export with task feature-extraction instead")
+        raise UnsupportedModelError(
+            "the model's cache holds different tensors for different lengths; "
+            "export with task feature-extraction instead"
+        )
     slots = []
     for (layer, name, attribute, state, long), (*_, short) in zip(longer, shorter, strict=True):
         growing = [a for a in range(long.dim()) if long.shape[a] != short.shape[a]]
-        if len(growing) > 1 or any(long.shape[a] - short.shape[a] != 1 or long.shape[a] != length for a in growing):
+        if len(growing) > 1 or any(
+            long.shape[a] - short.shape[a] != 1 or long.shape[a] != length for a in growing
+        ):
             raise UnsupportedModelError(
                 f"cache tensor {name} of layer {layer} goes from {tuple(short.shape)} to {tuple(long.shape)} for one "
                 "more token; only caches that keep every token, or state of fixed size, can be flat inputs"
             )
-        slots.append(CacheSlot(layer, name, attribute, state, tuple(long.shape), growing[0] if growing else None,
-                               long.dtype))
+        slots.append(
+            CacheSlot(
+                layer, name, attribute, state, tuple(long.shape), growing[0] if growing else None, long.dtype
+            )
+        )
     return tuple(slots)
 
 
@@ -133,7 +141,11 @@ def fill_cache(model: PreTrainedModel, slots: Sequence[CacheSlot], tensors: Sequ
                 layer.is_indexer_initialized = True
         else:
             getattr(layer, slot.attribute)[slot.state] = tensor.clone()
-            flags = "is_conv_states_initialized" if slot.attribute == "conv_states" else "is_recurrent_states_initialized"
+            flags = (
+                "is_conv_states_initialized"
+                if slot.attribute == "conv_states"
+                else "is_recurrent_states_initialized"
+            )
             getattr(layer, flags)[slot.state] = True
             layer.has_previous_state[slot.state] = True
             if slot.attribute == "conv_states":

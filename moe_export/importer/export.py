@@ -77,8 +77,17 @@ def export_model(
     from .trace import trace
 
     progress = progress or NullProgress()
-    loaded = source if isinstance(source, LoadedSource) else load_source(
-        source, task=task, inputs=inputs, dynamic=dynamic, trust_remote_code=trust_remote_code, progress=progress
+    loaded = (
+        source
+        if isinstance(source, LoadedSource)
+        else load_source(
+            source,
+            task=task,
+            inputs=inputs,
+            dynamic=dynamic,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
     )
     model = loaded.module
     require_adapters(model)
@@ -87,8 +96,10 @@ def export_model(
     family = loaded.info.model_type if loaded.kind == "huggingface" else None
     with progress.stage("trace"), hooked(model, family):
         if loaded.kind == "module":
-            sample = {n: t.half() if dtype == "float16" and t.is_floating_point() else t
-                      for n, t in loaded.inputs.items()}
+            sample = {
+                n: t.half() if dtype == "float16" and t.is_floating_point() else t
+                for n, t in loaded.inputs.items()
+            }
             plan = graphs.module_graph(model, sample, loaded.dynamic)
         elif loaded.task == "feature-extraction":
             plan = graphs.plain_graph(model, "last_hidden_state")  # type: ignore[arg-type]
@@ -119,5 +130,7 @@ def _check_experts_traced(model: nn.Module, graph: ir.Model) -> None:
     expected = sum(1 for m in model.modules() if is_experts_module(m) or spec_of(m) is not None)
     found = sum(1 for n in graph.graph if n.domain == DOMAIN and n.op_type == "Dispatch")
     if found < expected:
-        raise ExportError(f"the model has {expected} MoE layers and the traced graph {found}: some were not reached by "
-                          "the sample inputs or were traced around the hook")
+        raise ExportError(
+            f"the model has {expected} MoE layers and the traced graph {found}: some were not reached by "
+            "the sample inputs or were traced around the hook"
+        )

@@ -56,7 +56,9 @@ class DecoderGraph(nn.Module):
         past = rest
         if self.with_positions:
             arguments["position_ids"], past = rest[0], rest[1:]
-        growing = [t.shape[s.past_axis] for s, t in zip(self.slots, past, strict=True) if s.past_axis is not None]
+        growing = [
+            t.shape[s.past_axis] for s, t in zip(self.slots, past, strict=True) if s.past_axis is not None
+        ]
         if growing:
             torch._check(attention_mask.shape[1] == growing[0] + input_ids.shape[1])
         cache = fill_cache(self.model, self.slots, past)
@@ -115,13 +117,17 @@ def decoder_graph(model: PreTrainedModel) -> TracedGraph:
     if with_positions:
         inputs.append(TensorSpec("position_ids", "int64", ("batch", "sequence"), "positions"))
         sample.append(torch.arange(past, past + SEQUENCE).expand(BATCH, SEQUENCE).contiguous())
-    outputs = [TensorSpec("logits", _numpy_name(model.dtype), ("batch", "sequence", vocab_out(model)), "logits")]
+    outputs = [
+        TensorSpec("logits", _numpy_name(model.dtype), ("batch", "sequence", vocab_out(model)), "logits")
+    ]
     generator = torch.Generator().manual_seed(1)
     for slot in slots:
         shape = slot.symbolic_shape
         inputs.append(TensorSpec(slot.input_name, _numpy_name(slot.dtype), shape, "cache", slot.output_name))
         present = tuple("total" if d == "past" else d for d in shape)
-        outputs.append(TensorSpec(slot.output_name, _numpy_name(slot.dtype), present, "cache", slot.input_name))
+        outputs.append(
+            TensorSpec(slot.output_name, _numpy_name(slot.dtype), present, "cache", slot.input_name)
+        )
         sizes = [BATCH if d == "batch" else PAST if d == "past" else int(d) for d in shape]
         sample.append(torch.randn(sizes, generator=generator).to(slot.dtype))
     return TracedGraph(
@@ -156,7 +162,9 @@ def plain_graph(model: PreTrainedModel, output: str, *, encoder_decoder: bool = 
         result = model(**dict(zip(names, sample, strict=True)), **extra)[output]
     role = "logits" if output == "logits" else "hidden"
     outputs = (TensorSpec(output, _numpy_name(result.dtype), ("batch", length, int(result.shape[-1])), role),)
-    return TracedGraph(PlainGraph(model, names, output, extra), tuple(sample), ModelIO(tuple(inputs), outputs))
+    return TracedGraph(
+        PlainGraph(model, names, output, extra), tuple(sample), ModelIO(tuple(inputs), outputs)
+    )
 
 
 def module_graph(
@@ -176,8 +184,7 @@ def module_graph(
         named = {"output": result}
     else:
         named = {f"output_{i}": t for i, t in enumerate(result)}
-    outputs = tuple(
-        TensorSpec(name, _numpy_name(t.dtype), ("?",) * t.dim())
-        for name, t in named.items()
+    outputs = tuple(TensorSpec(name, _numpy_name(t.dtype), ("?",) * t.dim()) for name, t in named.items())
+    return TracedGraph(
+        ModuleGraph(model, tuple(inputs)), tuple(inputs.values()), ModelIO(tuple(specs), outputs)
     )
-    return TracedGraph(ModuleGraph(model, tuple(inputs)), tuple(inputs.values()), ModelIO(tuple(specs), outputs))

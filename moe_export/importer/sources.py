@@ -75,7 +75,9 @@ def load_source(
             return _library_source(source, None, task, "")
         return _module_source(source, None, inputs, dynamic, task)
     if not isinstance(source, (str, Path)):
-        raise UsageError(f"source: expected a folder, file.py:function or an nn.Module, got {type(source).__name__}")
+        raise UsageError(
+            f"source: expected a folder, file.py:function or an nn.Module, got {type(source).__name__}"
+        )
     text = str(source)
     file, colon, function = text.rpartition(":")
     if colon and file.endswith(".py"):
@@ -90,7 +92,9 @@ def load_source(
 
 def _require(module: str, package: str) -> None:
     if importlib.util.find_spec(module) is None:
-        raise EnvironmentLacksError(f"{package} is not installed; install it with: pip install 'moe-export[hf]'")
+        raise EnvironmentLacksError(
+            f"{package} is not installed; install it with: pip install 'moe-export[hf]'"
+        )
 
 
 def _is_library_model(module: nn.Module) -> bool:
@@ -126,8 +130,10 @@ def _call_factory(file: Path, function: str) -> tuple[nn.Module, dict[str, Any],
     if isinstance(made, nn.Module) and _is_library_model(made):
         return made, {}, {}
     if not (isinstance(made, tuple) and len(made) == 3 and isinstance(made[0], nn.Module)):
-        raise SourceError(f"{file}:{function}: expected (module, inputs, dynamic), got {type(made).__name__}; inputs maps "
-                          "input names to sample tensors, dynamic maps input names to {axis: dimension name}")
+        raise SourceError(
+            f"{file}:{function}: expected (module, inputs, dynamic), got {type(made).__name__}; inputs maps "
+            "input names to sample tensors, dynamic maps input names to {axis: dimension name}"
+        )
     return made
 
 
@@ -177,8 +183,10 @@ def _check_finite_state(module: nn.Module) -> None:
     for name, tensor in module.named_parameters():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             bad = torch.nonzero(~torch.isfinite(tensor))
-            raise SourceError(f"weight {name!r} holds {len(bad)} values that are NaN or infinite, the first at "
-                              f"{tuple(int(i) for i in bad[0])}; the model would compute nonsense")
+            raise SourceError(
+                f"weight {name!r} holds {len(bad)} values that are NaN or infinite, the first at "
+                f"{tuple(int(i) for i in bad[0])}; the model would compute nonsense"
+            )
 
 
 def state_hash(module: nn.Module) -> str:
@@ -193,7 +201,9 @@ def state_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _folder_source(folder: Path, task: str | None, trust_remote_code: bool, progress: Progress) -> LoadedSource:
+def _folder_source(
+    folder: Path, task: str | None, trust_remote_code: bool, progress: Progress
+) -> LoadedSource:
     from .checkpoint import check_finite, inspect_checkpoint, source_hash
 
     inspect_checkpoint(folder, trust_remote_code=trust_remote_code)
@@ -210,15 +220,19 @@ def _folder_source(folder: Path, task: str | None, trust_remote_code: bool, prog
         name = (config.architectures or [None])[0]
         cls = getattr(transformers, name, None) if name else None
         if cls is None and not trust_remote_code:
-            raise SourceError(f"{folder}/config.json: architectures names {name!r}, which the installed transformers "
-                              f"{transformers.__version__} does not have; code in the folder runs only with "
-                              "--trust-remote-code")
+            raise SourceError(
+                f"{folder}/config.json: architectures names {name!r}, which the installed transformers "
+                f"{transformers.__version__} does not have; code in the folder runs only with "
+                "--trust-remote-code"
+            )
         loader = cls if cls is not None else transformers.AutoModelForCausalLM
         options: dict[str, Any] = {} if cls is not None else {"trust_remote_code": True}
         try:
             model = loader.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **options)
         except (RuntimeError, ValueError, OSError, KeyError) as error:
-            raise SourceError(f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}") from error
+            raise SourceError(
+                f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}"
+            ) from error
     source = _library_source(model.eval(), str(folder), task, digest)
     return source
 
@@ -252,19 +266,33 @@ def _library_source(model: nn.Module, path: str | None, task: str | None, digest
         digest = state_hash(model)
         _check_finite_state(model)
     if task == "module":
-        raise UsageError("task 'module' is for an own nn.Module; a transformers model is text-generation or "
-                         "feature-extraction")
+        raise UsageError(
+            "task 'module' is for an own nn.Module; a transformers model is text-generation or "
+            "feature-extraction"
+        )
     head = model.get_output_embeddings() is not None  # type: ignore[operator]
     chosen = task or ("text-generation" if head else "feature-extraction")
     if chosen == "text-generation" and not head:
         raise UsageError(f"{type(model).__name__} has no language-model head; use --task feature-extraction")
     info = SourceInfo("huggingface", path, model_type, type(model).__name__, digest)
     files = tuple(Path(path) / n for n in TOKENIZER_FILES if (Path(path) / n).is_file()) if path else ()
-    return LoadedSource(model, "huggingface", cast(Task, chosen), info, Path(path) if path else None,
-                        text=_text_info(model, config, files), tokenizer_files=files)
+    return LoadedSource(
+        model,
+        "huggingface",
+        cast(Task, chosen),
+        info,
+        Path(path) if path else None,
+        text=_text_info(model, config, files),
+        tokenizer_files=files,
+    )
 
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 
 
 def family_name(model: nn.Module) -> str:
@@ -287,7 +315,9 @@ def _text_info(model: Any, config: Any, tokenizer_files: tuple[Path, ...]) -> Te
         return None
 
     eos = token("eos_token_id")
-    eos_ids = tuple(int(i) for i in (eos if isinstance(eos, (list, tuple)) else [eos] if eos is not None else []))
+    eos_ids = tuple(
+        int(i) for i in (eos if isinstance(eos, (list, tuple)) else [eos] if eos is not None else [])
+    )
     start = token("decoder_start_token_id")
     return TextInfo(
         vocab_size=int(model.get_input_embeddings().weight.shape[0]),

@@ -92,7 +92,9 @@ def _check_dynamic(program: torch.export.ExportedProgram, plan: TracedGraph) -> 
                 raise ExportError(f"{where}: expected the same size as {seen[wanted][1]}, traced as {name}")
             for other, (other_name, other_where) in seen.items():
                 if other != wanted and other_name == name:
-                    raise ExportError(f"{where} was tied to {other_where} while tracing; the model needs them equal")
+                    raise ExportError(
+                        f"{where} was tied to {other_where} while tracing; the model needs them equal"
+                    )
             seen.setdefault(wanted, (name, where))
     return {name: wanted for wanted, (name, _) in seen.items()}
 
@@ -107,7 +109,9 @@ def trace(plan: TracedGraph, opset: int) -> tuple[ir.Model, ModelIO]:
     """
     if opset not in OPSETS:
         reason = " (its RotaryEmbedding gives wrong results in ONNX Runtime)" if opset == 23 else ""
-        raise ExportError(f"opset {opset} is not supported{reason}; choose one of {', '.join(map(str, OPSETS))}")
+        raise ExportError(
+            f"opset {opset} is not supported{reason}; choose one of {', '.join(map(str, OPSETS))}"
+        )
     from transformers.exporters.utils import apply_fx_node_fixes
 
     shapes = _dynamic_shapes(plan.io)
@@ -116,7 +120,14 @@ def trace(plan: TracedGraph, opset: int) -> tuple[ir.Model, ModelIO]:
         dynamic = (*shapes[:2], tuple(shapes[2:])) if _has_rest(plan) else (tuple(shapes),)
         try:
             program = torch.export.export(plan.module, plan.sample, dynamic_shapes=dynamic, strict=False)
-        except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, AssertionError) as error:
+        except (
+            RuntimeError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            NotImplementedError,
+            AssertionError,
+        ) as error:
             # torch.export wraps whatever the model's own code raises while it is traced.
             raise ExportError(
                 f"{type(plan.module).__name__}: torch.export cannot trace the model: {_first_line(error)}"
@@ -169,7 +180,9 @@ def _dynamic_shapes(io: ModelIO) -> tuple[dict[int, Any] | None, ...]:
         for d in spec.shape:
             if isinstance(d, str) and d not in dims:
                 dims[d] = torch.export.Dim(d.replace(".", "_"))
-    return tuple({a: dims[d] for a, d in enumerate(spec.shape) if isinstance(d, str)} or None for spec in io.inputs)
+    return tuple(
+        {a: dims[d] for a, d in enumerate(spec.shape) if isinstance(d, str)} or None for spec in io.inputs
+    )
 
 
 def _has_rest(plan: TracedGraph) -> bool:

@@ -46,12 +46,18 @@ class MoEBlockSpec:
     def __post_init__(self) -> None:
         for name in ("experts", "up_proj", "down_proj"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise UsageError(f"MoEBlockSpec.{name}: expected the name of an attribute, got {getattr(self, name)!r}")
+                raise UsageError(
+                    f"MoEBlockSpec.{name}: expected the name of an attribute, got {getattr(self, name)!r}"
+                )
         if not callable(self.route):
-            raise UsageError("MoEBlockSpec.route: expected a function (block, hidden) -> (weights, expert_ids)")
+            raise UsageError(
+                "MoEBlockSpec.route: expected a function (block, hidden) -> (weights, expert_ids)"
+            )
         if isinstance(self.activation, str) and self.activation not in ACTIVATIONS:
-            raise UsageError(f"MoEBlockSpec.activation: unknown {self.activation!r}; "
-                             f"{choices_text(self.activation, ACTIVATIONS)}")
+            raise UsageError(
+                f"MoEBlockSpec.activation: unknown {self.activation!r}; "
+                f"{choices_text(self.activation, ACTIVATIONS)}"
+            )
         if isinstance(self.top_k, int) and self.top_k < 1:
             raise UsageError(f"MoEBlockSpec.top_k: expected at least 1, got {self.top_k}")
 
@@ -69,8 +75,10 @@ class MoEBlockSpec:
         elif isinstance(container, nn.ModuleList):
             experts = list(container)
         else:
-            raise UsageError(f"{type(block).__name__}.{self.experts}: expected nn.ModuleList or nn.ModuleDict, "
-                             f"got {type(container).__name__}")
+            raise UsageError(
+                f"{type(block).__name__}.{self.experts}: expected nn.ModuleList or nn.ModuleDict, "
+                f"got {type(container).__name__}"
+            )
         if not experts or len({type(e) for e in experts}) != 1:
             raise UsageError(f"{type(block).__name__}.{self.experts}: expected experts of one class")
         return experts
@@ -110,7 +118,9 @@ ADAPTERS: dict[type, MoEBlockSpec] = {}
 def register_moe_block(cls: type, spec: MoEBlockSpec) -> None:
     """Say that ``cls`` (an ``nn.Module`` class) is an MoE block described by ``spec``."""
     if not isinstance(spec, MoEBlockSpec):
-        raise UsageError(f"register_moe_block({cls.__name__}): expected a MoEBlockSpec, got {type(spec).__name__}")
+        raise UsageError(
+            f"register_moe_block({cls.__name__}): expected a MoEBlockSpec, got {type(spec).__name__}"
+        )
     ADAPTERS[cls] = spec
 
 
@@ -155,8 +165,10 @@ def stack_experts(block: nn.Module, spec: MoEBlockSpec) -> StackedExperts:
         linears = [_attribute(e, name) for e in spec.expert_list(block)]
         for linear in linears:
             if not isinstance(linear, nn.Linear):
-                raise UsageError(f"{type(block).__name__}: expert attribute {name!r} is {type(linear).__name__}, "
-                                 "expected nn.Linear")
+                raise UsageError(
+                    f"{type(block).__name__}: expert attribute {name!r} is {type(linear).__name__}, "
+                    "expected nn.Linear"
+                )
         weight = torch.stack([linear.weight.detach() for linear in linears])
         if linears[0].bias is None:
             return weight, None
@@ -167,7 +179,9 @@ def stack_experts(block: nn.Module, spec: MoEBlockSpec) -> StackedExperts:
         gate, gate_bias = stack(spec.gate_proj)
         up = torch.cat([gate, up], dim=1)
         if (gate_bias is None) != (up_bias is None):
-            raise UsageError(f"{type(block).__name__}: gate and up projection must both have a bias or neither")
+            raise UsageError(
+                f"{type(block).__name__}: gate and up projection must both have a bias or neither"
+            )
         up_bias = None if up_bias is None or gate_bias is None else torch.cat([gate_bias, up_bias], dim=1)
     down, down_bias = stack(spec.down_proj)
     return StackedExperts(up, down, up_bias, down_bias)
@@ -176,8 +190,6 @@ def stack_experts(block: nn.Module, spec: MoEBlockSpec) -> StackedExperts:
 @contextmanager
 def adapted(model: nn.Module) -> Iterator[None]:
     """Inside, every block of ``model`` with a spec runs its experts as our ops; restored on exit."""
-    import torch
-    from torch import nn
 
     from .experts import experts_forward
 
@@ -193,8 +205,15 @@ def adapted(model: nn.Module) -> Iterator[None]:
             flat = hidden.reshape(-1, hidden.shape[-1])
             weights, ids = spec.route(block, flat if spec.flatten else hidden)
             combined = experts_forward(
-                flat, ids, weights, block._moe_export_up, block._moe_export_down, spec.activate,  # type: ignore[arg-type]
-                layer=name, up_bias=block._moe_export_up_bias, down_bias=block._moe_export_down_bias,  # type: ignore[arg-type]
+                flat,
+                ids,
+                weights,
+                block._moe_export_up,
+                block._moe_export_down,
+                spec.activate,  # type: ignore[arg-type]
+                layer=name,
+                up_bias=block._moe_export_up_bias,
+                down_bias=block._moe_export_down_bias,  # type: ignore[arg-type]
             )
             if spec.after is not None:
                 combined = spec.after(block, flat, combined)
@@ -246,7 +265,11 @@ def require_adapters(model: nn.Module, *, library: str = "transformers") -> None
 
     covered = {id(m) for b in model.modules() if spec_of(b) is not None for m in b.modules()}
     for name, block in model.named_modules():
-        if id(block) in covered or is_experts_module(block) or type(block).__module__.startswith(f"{library}."):
+        if (
+            id(block) in covered
+            or is_experts_module(block)
+            or type(block).__module__.startswith(f"{library}.")
+        ):
             continue
         found = looks_like_moe(block)
         if found is None or type(block) in NOT_MOE:
@@ -263,7 +286,7 @@ def require_adapters(model: nn.Module, *, library: str = "transformers") -> None
             f"        gate_proj=...,  # nn.Linear of an expert (it has: {', '.join(linears) or 'none'}), None if ungated\n"
             f"        up_proj=...,\n"
             f"        down_proj=...,\n"
-            f"        activation=\"silu\",  # one of {', '.join(ACTIVATIONS)}\n"
+            f'        activation="silu",  # one of {", ".join(ACTIVATIONS)}\n'
             f"        top_k=2,\n"
             f"        route=lambda block, hidden: (weights, expert_ids),  # both [T, K], from the block's own router\n"
             f"    ))\n\n"

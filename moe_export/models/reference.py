@@ -36,13 +36,16 @@ class _Recorder:
             return t.detach().to(dtype).cpu().numpy().copy()
 
         top_k = ids.shape[-1]
-        self.layers.append(LayerTrace(
-            index=len(self.layers), name=name,
-            expert_ids=numpy(ids.reshape(-1, top_k), torch.int32),
-            weights=numpy(weights.reshape(-1, top_k), torch.float32),
-            hidden=numpy(hidden.reshape(-1, hidden.shape[-1]), torch.float32),
-            output=numpy(output.reshape(-1, output.shape[-1]), torch.float32),
-        ))
+        self.layers.append(
+            LayerTrace(
+                index=len(self.layers),
+                name=name,
+                expert_ids=numpy(ids.reshape(-1, top_k), torch.int32),
+                weights=numpy(weights.reshape(-1, top_k), torch.float32),
+                hidden=numpy(hidden.reshape(-1, hidden.shape[-1]), torch.float32),
+                output=numpy(output.reshape(-1, output.shape[-1]), torch.float32),
+            )
+        )
 
 
 def _watch_experts(recorder: _Recorder) -> Callable[..., torch.Tensor]:
@@ -55,8 +58,9 @@ def _watch_experts(recorder: _Recorder) -> Callable[..., torch.Tensor]:
     return watch
 
 
-def _run_experts(block: nn.Module, spec: MoEBlockSpec, hidden: torch.Tensor, weights: torch.Tensor,
-                 ids: torch.Tensor) -> torch.Tensor:
+def _run_experts(
+    block: nn.Module, spec: MoEBlockSpec, hidden: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
+) -> torch.Tensor:
     """Sum over each token's experts, by the block's own expert modules, one expert at a time."""
     import torch
 
@@ -83,8 +87,15 @@ def watching(model: nn.Module) -> Iterator[_Recorder]:
         spec = spec_of(module)
         if spec is not None:
 
-            def record(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _out: Any, *,
-                       spec: MoEBlockSpec = spec, name: str = name) -> None:
+            def record(
+                block: nn.Module,
+                args: tuple[Any, ...],
+                kwargs: dict[str, Any],
+                _out: Any,
+                *,
+                spec: MoEBlockSpec = spec,
+                name: str = name,
+            ) -> None:
                 hidden = args[0] if args else next(iter(kwargs.values()))
                 with torch.no_grad():
                     flat = hidden.reshape(-1, hidden.shape[-1])
@@ -125,15 +136,21 @@ class ReferenceModel:
                 outputs = self._run_library(model, tensors)
             else:
                 outputs = named_outputs(model(**tensors))
-        numbers = {name: t.detach().float().cpu().numpy() if t.is_floating_point() else t.cpu().numpy()
-                   for name, t in outputs.items()}
+        numbers = {
+            name: t.detach().float().cpu().numpy() if t.is_floating_point() else t.cpu().numpy()
+            for name, t in outputs.items()
+        }
         return TracedRun(outputs=numbers, layers=tuple(recorder.layers))
 
     def _run_library(self, model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         from ..importer.graphs import forward_parameters
 
         parameters = forward_parameters(model)
-        if "position_ids" in parameters and "position_ids" not in tensors and "decoder_input_ids" not in tensors:
+        if (
+            "position_ids" in parameters
+            and "position_ids" not in tensors
+            and "decoder_input_ids" not in tensors
+        ):
             tensors["position_ids"] = positions_from_mask(tensors["attention_mask"])
         extra: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
         result = model(**{k: v for k, v in tensors.items() if k in parameters}, **extra)

@@ -52,8 +52,10 @@ class Attribute:
         if not isinstance(value, self.kind):
             raise UsageError(f"{op}.{self.name}: expected {self.kind.__name__}, got {value!r}")
         if self.choices and value not in self.choices:
-            raise UsageError(f"{op}.{self.name}: unknown value {value!r}; "
-                             f"{choices_text(str(value), [str(c) for c in self.choices])}")
+            raise UsageError(
+                f"{op}.{self.name}: unknown value {value!r}; "
+                f"{choices_text(str(value), [str(c) for c in self.choices])}"
+            )
         return value
 
 

@@ -56,9 +56,16 @@ def body(_attributes: Mapping[str, Any], _opset: int) -> str:
 DISPATCH = OpContract(
     name="Dispatch",
     summary="Sorts the assignments of tokens to experts by expert, then by token, and says where each expert's begin.",
-    inputs=(Param("expert_ids", ("T", "K"), ("int32",), "chosen experts; negative = dropped, >= E = not ours"),),
+    inputs=(
+        Param("expert_ids", ("T", "K"), ("int32",), "chosen experts; negative = dropped, >= E = not ours"),
+    ),
     outputs=(
-        Param("order", ("M",), ("int64",), "positions in the flattened expert_ids, sorted by expert, then by token"),
+        Param(
+            "order",
+            ("M",),
+            ("int64",),
+            "positions in the flattened expert_ids, sorted by expert, then by token",
+        ),
         Param("offsets", ("E+1",), ("int64",), "expert e owns order[offsets[e]:offsets[e+1]]"),
         Param("tokens", ("M",), ("int64",), "token of each sorted assignment: order // K"),
     ),

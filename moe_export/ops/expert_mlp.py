@@ -159,10 +159,14 @@ def body(attributes: Mapping[str, Any], _opset: int) -> str:
     bias_1 = bias_2 = ""
     inner_in, outer_in = "inner_f32", "outer_f32"
     if attributes["biased"]:
-        bias_1 = "up_bias_rows = Gather <axis = 0> (up_bias, owner)\n up_bias_f32 = Cast <to = 1> (up_bias_rows)\n" \
-                 " inner_b = Add (inner_f32, up_bias_f32)"
-        bias_2 = "down_bias_rows = Gather <axis = 0> (down_bias, owner)\n" \
-                 " down_bias_f32 = Cast <to = 1> (down_bias_rows)\n outer_b = Add (outer_f32, down_bias_f32)"
+        bias_1 = (
+            "up_bias_rows = Gather <axis = 0> (up_bias, owner)\n up_bias_f32 = Cast <to = 1> (up_bias_rows)\n"
+            " inner_b = Add (inner_f32, up_bias_f32)"
+        )
+        bias_2 = (
+            "down_bias_rows = Gather <axis = 0> (down_bias, owner)\n"
+            " down_bias_f32 = Cast <to = 1> (down_bias_rows)\n outer_b = Add (outer_f32, down_bias_f32)"
+        )
         inner_in, outer_in = "inner_b", "outer_b"
     t = attributes["transposed"]
     return f"""
@@ -195,8 +199,6 @@ def body(attributes: Mapping[str, Any], _opset: int) -> str:
     """
 
 
-
-
 EXPERT_MLP = OpContract(
     name="ExpertMLP",
     summary="All routed experts of one MoE layer: dispatch, up (and gate) projection, activation, down, combine.",
@@ -204,7 +206,9 @@ EXPERT_MLP = OpContract(
         Param("hidden", ("T", "H"), FLOAT_TYPES, "tokens"),
         Param("expert_ids", ("T", "K"), ("int32",), "from Router; negative = dropped"),
         Param("weights", ("T", "K"), ("float32",), "from Router"),
-        Param("up", ("E", "2I or I", "H"), FLOAT_TYPES, "gate and up, or up alone; [E, H, 2I] when transposed"),
+        Param(
+            "up", ("E", "2I or I", "H"), FLOAT_TYPES, "gate and up, or up alone; [E, H, 2I] when transposed"
+        ),
         Param("down", ("E", "H", "I"), FLOAT_TYPES, "down; [E, I, H] when transposed"),
         Param("up_bias", ("E", "2I or I"), FLOAT_TYPES, "bias of up", optional=True),
         Param("down_bias", ("E", "H"), FLOAT_TYPES, "bias of down", optional=True),
@@ -212,10 +216,18 @@ EXPERT_MLP = OpContract(
     outputs=(Param("out", ("T", "H"), FLOAT_TYPES, "combined expert outputs"),),
     attributes=(
         Attribute("num_experts", int, "number of experts E"),
-        Attribute("activation", str, "activation function", default="silu", choices=ACTIVATIONS, structural=True),
+        Attribute(
+            "activation", str, "activation function", default="silu", choices=ACTIVATIONS, structural=True
+        ),
         Attribute("gated", int, "1: f(gate) * up", default=1, choices=(0, 1), structural=True),
-        Attribute("layout", str, "how gate and up lie in one matrix", default="concatenated", choices=LAYOUTS,
-                  structural=True),
+        Attribute(
+            "layout",
+            str,
+            "how gate and up lie in one matrix",
+            default="concatenated",
+            choices=LAYOUTS,
+            structural=True,
+        ),
         Attribute("transposed", int, "1: matrices are [in, out]", default=0, choices=(0, 1), structural=True),
         Attribute("alpha", float, "clamped_swiglu: factor in the sigmoid", default=1.702),
         Attribute("limit", float, "clamped_swiglu: clamp", default=7.0),

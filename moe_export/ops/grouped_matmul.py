@@ -35,7 +35,9 @@ def reference(
 
 def body(attributes: Mapping[str, Any], _opset: int) -> str:
     # Loop over the experts that have rows. Inside float32, so that one body serves every weight dtype.
-    transpose = "matrix = Identity (matrix_f32)" if attributes["transposed"] else "matrix = Transpose (matrix_f32)"
+    transpose = (
+        "matrix = Identity (matrix_f32)" if attributes["transposed"] else "matrix = Transpose (matrix_f32)"
+    )
     columns_axis = 2 if attributes["transposed"] else 1
     return f"""
     zero_1d = Constant <value_ints = [0]> ()
@@ -92,7 +94,11 @@ GROUPED_MATMUL = OpContract(
         Param("weight", ("E", "B", "A"), FLOAT_TYPES, "one matrix per expert; [E, A, B] when transposed"),
         Param("offsets", ("E+1",), ("int64",), "where each expert's rows begin (Dispatch)"),
     ),
-    outputs=(Param("out", ("M", "B"), FLOAT_TYPES, "products, dtype of rows; rows that belong to no expert are zero"),),
+    outputs=(
+        Param(
+            "out", ("M", "B"), FLOAT_TYPES, "products, dtype of rows; rows that belong to no expert are zero"
+        ),
+    ),
     attributes=(
         Attribute("transposed", int, "1: weight is [E, A, B]", default=0, choices=(0, 1), structural=True),
     ),

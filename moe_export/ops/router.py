@@ -83,8 +83,13 @@ def reference(
     import numpy as np
 
     scores, selection = scores_and_selection(
-        logits, selection_bias, score=score, n_group=n_group, topk_group=topk_group,
-        group_score=group_score, group_mask=group_mask,
+        logits,
+        selection_bias,
+        score=score,
+        n_group=n_group,
+        topk_group=topk_group,
+        group_score=group_score,
+        group_mask=group_mask,
     )
     ids = np.argsort(-selection, axis=-1, kind="stable")[:, :top_k]
     weights = np.take_along_axis(scores, ids, axis=-1)
@@ -110,14 +115,20 @@ def reference(
 
 def body(attributes: Mapping[str, Any], _opset: int) -> str:
     score = attributes["score"]
-    lines = ["x = Cast <to = 1> (logits)", "last_1d = Constant <value_ints = [-1]> ()",
-             "top_k_1d = Constant <value_int : int = @top_k> ()", "top_k_count = Reshape (top_k_1d, last_1d)"]
-    lines.append({
-        "softmax": "scores = Softmax <axis = -1> (x)",
-        "sigmoid": "scores = Sigmoid (x)",
-        "sqrtsoftplus": "plus = Softplus (x)\n scores = Sqrt (plus)",
-        "softmax_after_topk": "scores = Identity (x)",
-    }[score])
+    lines = [
+        "x = Cast <to = 1> (logits)",
+        "last_1d = Constant <value_ints = [-1]> ()",
+        "top_k_1d = Constant <value_int : int = @top_k> ()",
+        "top_k_count = Reshape (top_k_1d, last_1d)",
+    ]
+    lines.append(
+        {
+            "softmax": "scores = Softmax <axis = -1> (x)",
+            "sigmoid": "scores = Sigmoid (x)",
+            "sqrtsoftplus": "plus = Softplus (x)\n scores = Sqrt (plus)",
+            "softmax_after_topk": "scores = Identity (x)",
+        }[score]
+    )
     selection = "scores"
     if attributes["biased"]:
         lines.append("bias_f32 = Cast <to = 1> (selection_bias)\n biased_scores = Add (scores, bias_f32)")
@@ -146,7 +157,8 @@ def body(attributes: Mapping[str, Any], _opset: int) -> str:
         fill_node = (
             "fill_one = Constant <value_float = 1.0> ()\n fill_zero = Constant <value_float = 0.0> ()\n"
             "fill_inf = Div (fill_one, fill_zero)\n fill = Neg (fill_inf)"
-            if fill == "-inf" else "fill = Constant <value_float = 0.0> ()"
+            if fill == "-inf"
+            else "fill = Constant <value_float = 0.0> ()"
         )
         lines.append(f"""
         group_value_shape = Concat <axis = 0> (tokens, n_group_1d)
@@ -180,7 +192,9 @@ def body(attributes: Mapping[str, Any], _opset: int) -> str:
         normal = Div (raw, denominator)""")
     else:
         lines.append("normal = Identity (raw)")
-    lines.append("scale_value = Constant <value_float : float = @scale> ()\n scaled = Mul (normal, scale_value)")
+    lines.append(
+        "scale_value = Constant <value_float : float = @scale> ()\n scaled = Mul (normal, scale_value)"
+    )
     if attributes["capacity"]:
         # Number each assignment among those of its expert within its sequence; beyond the capacity: dropped.
         lines.append("""
@@ -231,16 +245,39 @@ ROUTER = OpContract(
     ),
     attributes=(
         Attribute("top_k", int, "experts per token K"),
-        Attribute("score", str, "how logits become scores", default="softmax", choices=SCORES, structural=True),
-        Attribute("renormalize", int, "1: divide by the sum over the chosen", default=0, choices=(0, 1), structural=True),
+        Attribute(
+            "score", str, "how logits become scores", default="softmax", choices=SCORES, structural=True
+        ),
+        Attribute(
+            "renormalize",
+            int,
+            "1: divide by the sum over the chosen",
+            default=0,
+            choices=(0, 1),
+            structural=True,
+        ),
         Attribute("epsilon", float, "added to that sum", default=0.0),
         Attribute("scale", float, "factor on the weights", default=1.0),
         Attribute("n_group", int, "groups of experts; 1 = no groups", default=1, structural=True),
         Attribute("topk_group", int, "groups a token may choose from", default=1),
-        Attribute("group_score", str, "how a group is valued", default="max", choices=GROUP_SCORES, structural=True),
-        Attribute("group_mask", str, "selection value of experts in other groups", default="minus_infinity",
-                  choices=GROUP_MASKS, structural=True),
-        Attribute("capacity", int, "most assignments per expert and sequence; 0 = no limit", default=0, structural=True),
+        Attribute(
+            "group_score", str, "how a group is valued", default="max", choices=GROUP_SCORES, structural=True
+        ),
+        Attribute(
+            "group_mask",
+            str,
+            "selection value of experts in other groups",
+            default="minus_infinity",
+            choices=GROUP_MASKS,
+            structural=True,
+        ),
+        Attribute(
+            "capacity",
+            int,
+            "most assignments per expert and sequence; 0 = no limit",
+            default=0,
+            structural=True,
+        ),
         Attribute("biased", int, "1: selection_bias is given", default=0, choices=(0, 1), structural=True),
         Attribute("layer", str, "name of the MoE layer in the source model", default=""),
     ),

@@ -15,18 +15,24 @@ if TYPE_CHECKING:
 def _define_ops() -> None:
     import torch
 
-    def dispatch(expert_ids: torch.Tensor, num_experts: int, drops: bool, layer: str) -> tuple[torch.Tensor, ...]:
+    def dispatch(
+        expert_ids: torch.Tensor, num_experts: int, drops: bool, layer: str
+    ) -> tuple[torch.Tensor, ...]:
         flat = expert_ids.reshape(-1).to(torch.int64)
         order = torch.argsort(flat, stable=True)
         bounds = torch.arange(num_experts + 1, device=flat.device)
         offsets = torch.searchsorted(flat[order].contiguous(), bounds, side="left")
         return order, offsets, torch.div(order, expert_ids.shape[1], rounding_mode="trunc")
 
-    def dispatch_fake(expert_ids: torch.Tensor, num_experts: int, drops: bool, layer: str) -> tuple[torch.Tensor, ...]:
+    def dispatch_fake(
+        expert_ids: torch.Tensor, num_experts: int, drops: bool, layer: str
+    ) -> tuple[torch.Tensor, ...]:
         count = expert_ids.shape[0] * expert_ids.shape[1]
-        return (expert_ids.new_empty((count,), dtype=torch.int64),
-                expert_ids.new_empty((num_experts + 1,), dtype=torch.int64),
-                expert_ids.new_empty((count,), dtype=torch.int64))
+        return (
+            expert_ids.new_empty((count,), dtype=torch.int64),
+            expert_ids.new_empty((num_experts + 1,), dtype=torch.int64),
+            expert_ids.new_empty((count,), dtype=torch.int64),
+        )
 
     def grouped_matmul(
         rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, transposed: bool
@@ -56,9 +62,18 @@ def _define_ops() -> None:
 
     define = torch.library.custom_op
     for name, schema, real, fake in (
-        ("dispatch", "(Tensor expert_ids, int num_experts, bool drops, str layer) -> (Tensor, Tensor, Tensor)", dispatch, dispatch_fake),
-        ("grouped_matmul", "(Tensor rows, Tensor weight, Tensor offsets, bool transposed) -> Tensor",
-         grouped_matmul, grouped_matmul_fake),
+        (
+            "dispatch",
+            "(Tensor expert_ids, int num_experts, bool drops, str layer) -> (Tensor, Tensor, Tensor)",
+            dispatch,
+            dispatch_fake,
+        ),
+        (
+            "grouped_matmul",
+            "(Tensor rows, Tensor weight, Tensor offsets, bool transposed) -> Tensor",
+            grouped_matmul,
+            grouped_matmul_fake,
+        ),
         ("combine", "(Tensor rows, Tensor order, Tensor weights) -> Tensor", combine, combine_fake),
     ):
         op = define(f"{DOMAIN}::{name}", real, mutates_args=(), schema=schema)
@@ -80,11 +95,20 @@ def torch_ops() -> Any:
 def _schema(op: OpContract) -> Any:
     import onnx.defs as defs
 
-    kinds = {int: defs.OpSchema.AttrType.INT, float: defs.OpSchema.AttrType.FLOAT, str: defs.OpSchema.AttrType.STRING}
+    kinds = {
+        int: defs.OpSchema.AttrType.INT,
+        float: defs.OpSchema.AttrType.FLOAT,
+        str: defs.OpSchema.AttrType.STRING,
+    }
     optional = defs.OpSchema.FormalParameterOption.Optional
     single = defs.OpSchema.FormalParameterOption.Single
-    tensor = {"float32": "tensor(float)", "float16": "tensor(float16)", "bfloat16": "tensor(bfloat16)",
-              "int32": "tensor(int32)", "int64": "tensor(int64)"}
+    tensor = {
+        "float32": "tensor(float)",
+        "float16": "tensor(float16)",
+        "bfloat16": "tensor(bfloat16)",
+        "int32": "tensor(int32)",
+        "int64": "tensor(int64)",
+    }
     constraints: dict[str, tuple[str, ...]] = {}
 
     def parameters(items: tuple[Any, ...], prefix: str) -> list[Any]:
@@ -94,16 +118,25 @@ def _schema(op: OpContract) -> Any:
             if p.name in ("rows", "hidden"):
                 name = "T_rows"
             constraints.setdefault(name, tuple(tensor[d] for d in p.dtypes))
-            out.append(defs.OpSchema.FormalParameter(p.name, name, p.doc, param_option=optional if p.optional else single))
+            out.append(
+                defs.OpSchema.FormalParameter(
+                    p.name, name, p.doc, param_option=optional if p.optional else single
+                )
+            )
         return out
 
     inputs, outputs = parameters(op.inputs, "I"), parameters(op.outputs, "O")
     return defs.OpSchema(
-        op.name, DOMAIN, VERSION, op.summary,
+        op.name,
+        DOMAIN,
+        VERSION,
+        op.summary,
         inputs=inputs,
         outputs=outputs,
         type_constraints=[(name, list(types), "") for name, types in constraints.items()],
-        attributes=[defs.OpSchema.Attribute(a.name, kinds[a.kind], a.doc, required=False) for a in op.attributes],
+        attributes=[
+            defs.OpSchema.Attribute(a.name, kinds[a.kind], a.doc, required=False) for a in op.attributes
+        ],
     )
 
 
@@ -136,4 +169,8 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
     def combine(rows: Any, order: Any, weights: Any) -> Any:
         return domain.Combine(rows, order, weights)
 
-    return {ops.dispatch.default: dispatch, ops.grouped_matmul.default: grouped_matmul, ops.combine.default: combine}
+    return {
+        ops.dispatch.default: dispatch,
+        ops.grouped_matmul.default: grouped_matmul,
+        ops.combine.default: combine,
+    }

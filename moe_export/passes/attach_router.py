@@ -41,8 +41,21 @@ def hard_logits(num_experts: int, dtype: str) -> list[NDArray[Any]]:
         row[rng.permutation(num_experts)[keep:]] = -np.inf
     ascending = np.sort(rng.standard_normal(shape), axis=-1)
     spread = 8.0 if dtype == "float16" else 15.0
-    cases = [normal, normal * 0.01, normal * 5, normal * 60, ties, np.zeros(shape), masked, ascending, -ascending,
-             rng.uniform(-spread, spread, shape), normal + 20.0, normal - 20.0, normal[:1]]
+    cases = [
+        normal,
+        normal * 0.01,
+        normal * 5,
+        normal * 60,
+        ties,
+        np.zeros(shape),
+        masked,
+        ascending,
+        -ascending,
+        rng.uniform(-spread, spread, shape),
+        normal + 20.0,
+        normal - 20.0,
+        normal[:1],
+    ]
     return [c.astype(dtype) for c in cases]
 
 
@@ -58,15 +71,21 @@ class AttachRouter(Pass):
             found, note, logits = self._attach(context, layer, chosen)
             if found is not None:
                 chosen = OPS["Router"].variant(found)
-            layers.append(dataclasses.replace(
-                layer, router=found, router_note=note,
-                logits=None if logits is None else f"moe.{layer.index}.logits",
-            ))
-            context.decisions.append(Decision(
-                subject=layer.name or f"moe.{layer.index}",
-                choice="Router op" if found is not None else "router as plain nodes",
-                reason=note,
-            ))
+            layers.append(
+                dataclasses.replace(
+                    layer,
+                    router=found,
+                    router_note=note,
+                    logits=None if logits is None else f"moe.{layer.index}.logits",
+                )
+            )
+            context.decisions.append(
+                Decision(
+                    subject=layer.name or f"moe.{layer.index}",
+                    choice="Router op" if found is not None else "router as plain nodes",
+                    reason=note,
+                )
+            )
         context.layers = tuple(layers)
         if chosen is not None:
             context.model.graph.opset_imports[DOMAIN] = VERSION
@@ -90,9 +109,17 @@ class AttachRouter(Pass):
                 continue
             attributes, bias = found
             if variant is not None and OPS["Router"].variant(attributes) != variant:
-                return None, "differs in form from the model's other routers; one body cannot serve both", None
+                return (
+                    None,
+                    "differs in form from the model's other routers; one body cannot serve both",
+                    None,
+                )
             _replace(model, layer, logits, ids, weights, attributes, bias)
-            return attributes, "equal to the Router op on ties, masked experts, extreme logits and biases", logits
+            return (
+                attributes,
+                "equal to the Router op on ties, masked experts, extreme logits and biases",
+                logits,
+            )
         return None, reasons[0] if reasons else "no single logits value [T, E] leads to the routing", None
 
 
@@ -100,7 +127,8 @@ def _logit_candidates(ids: ir.Value, weights: ir.Value, num_experts: int) -> Ite
     """Values [.., E] of float type that everything between them and the routing depends on, farthest first."""
     nodes, _ = ancestors([ids, weights])
     matmuls = [
-        node.outputs[0] for node in nodes
+        node.outputs[0]
+        for node in nodes
         if node.op_type in ("MatMul", "Gemm") and _last_dim(node.outputs[0]) == num_experts
     ]
     for start in matmuls:
@@ -147,7 +175,10 @@ def _recognise(
     nodes, _ = ancestors([ids, weights], [logits])
     rank = len(logits.shape) if logits.shape is not None else 0
     if rank != 2:
-        return None, f"router logits of {logits.name} have {rank} axes: routing depends on more than the token"
+        return (
+            None,
+            f"router logits of {logits.name} have {rank} axes: routing depends on more than the token",
+        )
     biases = []
     for node in nodes:
         for value in node.inputs:
@@ -186,9 +217,11 @@ def _runner(
                 options = ort.SessionOptions()
                 options.log_severity_level = 4
                 options.intra_op_num_threads = 1
-                session.append(ort.InferenceSession(
-                    piece.SerializeToString(), options, providers=["CPUExecutionProvider"]
-                ))
+                session.append(
+                    ort.InferenceSession(
+                        piece.SerializeToString(), options, providers=["CPUExecutionProvider"]
+                    )
+                )
             full = {str(logits.name): feed["logits"]}
             if bias is not None:
                 assert bias.const_value is not None
@@ -210,15 +243,25 @@ def _router_model(attributes: dict[str, Any], opset: int, dtype: str) -> onnx.Mo
     if attributes["biased"]:
         inputs.append(helper.make_tensor_value_info("selection_bias", onnx.TensorProto.FLOAT, None))
     node = helper.make_node(
-        "Router", ["logits", "selection_bias" if attributes["biased"] else "", ""], ["weights", "expert_ids"],
-        domain=DOMAIN, **attributes,
+        "Router",
+        ["logits", "selection_bias" if attributes["biased"] else "", ""],
+        ["weights", "expert_ids"],
+        domain=DOMAIN,
+        **attributes,
     )
-    graph = helper.make_graph([node], "router", inputs, [
-        helper.make_tensor_value_info("weights", onnx.TensorProto.FLOAT, None),
-        helper.make_tensor_value_info("expert_ids", onnx.TensorProto.INT32, None),
-    ])
+    graph = helper.make_graph(
+        [node],
+        "router",
+        inputs,
+        [
+            helper.make_tensor_value_info("weights", onnx.TensorProto.FLOAT, None),
+            helper.make_tensor_value_info("expert_ids", onnx.TensorProto.INT32, None),
+        ],
+    )
     return helper.make_model(
-        graph, functions=[OPS["Router"].function(attributes, opset)], ir_version=10,
+        graph,
+        functions=[OPS["Router"].function(attributes, opset)],
+        ir_version=10,
         opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, VERSION)],
     )
 
@@ -230,7 +273,12 @@ def _numpy_dtype(name: str) -> Any:
 
 
 def _search(
-    context: PassContext, layer: MoELayer, plain: Runner, nodes: Sequence[ir.Node], bias: ir.Value | None, dtype: str
+    context: PassContext,
+    layer: MoELayer,
+    plain: Runner,
+    nodes: Sequence[ir.Node],
+    bias: ir.Value | None,
+    dtype: str,
 ) -> tuple[tuple[dict[str, Any], ir.Value | None] | None, str]:
     import numpy as np
 
@@ -254,7 +302,10 @@ def _search(
         full = OPS["Router"].complete({**attributes, "scale": scaled, "layer": layer.name})
         if _proves(plain, full, cases, base, bias, context.opset, dtype):
             return (full, bias if attributes["biased"] else None), ""
-    return None, "no Router parameters give the same routing on hard inputs (ties, masked experts, extreme logits)"
+    return (
+        None,
+        "no Router parameters give the same routing on hard inputs (ties, masked experts, extreme logits)",
+    )
 
 
 def _candidates(
@@ -265,23 +316,34 @@ def _candidates(
     groupings: list[dict[str, Any]] = [{}]
     if top_ks > 1:
         sizes = [g for g in range(2, layer.num_experts) if layer.num_experts % g == 0]
-        counts = sorted({int(s) for s in scalars if 1 <= s <= layer.num_experts and s == int(s)}) if scalars else []
+        counts = (
+            sorted({int(s) for s in scalars if 1 <= s <= layer.num_experts and s == int(s)})
+            if scalars
+            else []
+        )
         for n_group, score, mask in itertools.product(sizes, ("max", "top2_sum"), ("minus_infinity", "zero")):
             for topk_group in range(1, n_group + 1):
                 if counts and topk_group not in counts:
                     continue
                 if topk_group * (layer.num_experts // n_group) < layer.top_k:
                     continue
-                groupings.append({"n_group": n_group, "topk_group": topk_group, "group_score": score,
-                                  "group_mask": mask})
+                groupings.append(
+                    {"n_group": n_group, "topk_group": topk_group, "group_score": score, "group_mask": mask}
+                )
         groupings = groupings[1:] + groupings[:1]
     for grouping in groupings:
         for score in ("softmax", "sigmoid", "sqrtsoftplus", "softmax_after_topk"):
-            for biased in ((1, 0) if has_bias else (0,)):
+            for biased in (1, 0) if has_bias else (0,):
                 for renormalize in (0, 1) if score != "softmax_after_topk" else (0,):
                     for epsilon in epsilons if renormalize else (0.0,):
-                        yield {"top_k": layer.top_k, "score": score, "renormalize": renormalize, "epsilon": epsilon,
-                               "biased": biased, **grouping}
+                        yield {
+                            "top_k": layer.top_k,
+                            "score": score,
+                            "renormalize": renormalize,
+                            "epsilon": epsilon,
+                            "biased": biased,
+                            **grouping,
+                        }
 
 
 def _by_expert(ids: NDArray[Any], weights: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -292,8 +354,12 @@ def _by_expert(ids: NDArray[Any], weights: NDArray[Any]) -> tuple[NDArray[Any], 
 
 
 def _fit_scale(
-    want_ids: NDArray[Any], want_weights: NDArray[Any], ids: NDArray[Any], weights: NDArray[Any],
-    scalars: Sequence[float], tolerance: float,
+    want_ids: NDArray[Any],
+    want_weights: NDArray[Any],
+    ids: NDArray[Any],
+    weights: NDArray[Any],
+    scalars: Sequence[float],
+    tolerance: float,
 ) -> float | None:
     """The factor between two routings of the same sets, from the graph's own constants; None if there is none."""
     import numpy as np
@@ -309,8 +375,13 @@ def _fit_scale(
 
 
 def _proves(
-    plain: Runner, attributes: dict[str, Any], cases: Sequence[NDArray[Any]], base: NDArray[np.float32],
-    bias: ir.Value | None, opset: int, dtype: str,
+    plain: Runner,
+    attributes: dict[str, Any],
+    cases: Sequence[NDArray[Any]],
+    base: NDArray[np.float32],
+    bias: ir.Value | None,
+    opset: int,
+    dtype: str,
 ) -> bool:
     import numpy as np
     import onnxruntime as ort
@@ -319,7 +390,9 @@ def _proves(
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
     session = ort.InferenceSession(
-        _router_model(attributes, opset, dtype).SerializeToString(), options, providers=["CPUExecutionProvider"]
+        _router_model(attributes, opset, dtype).SerializeToString(),
+        options,
+        providers=["CPUExecutionProvider"],
     )
     rng = np.random.default_rng(7)
     biases = [base]
@@ -343,7 +416,12 @@ def _proves(
 
 
 def _replace(
-    model: ir.Model, layer: MoELayer, logits: ir.Value, ids: ir.Value, weights: ir.Value, attributes: dict[str, Any],
+    model: ir.Model,
+    layer: MoELayer,
+    logits: ir.Value,
+    ids: ir.Value,
+    weights: ir.Value,
+    attributes: dict[str, Any],
     bias: ir.Value | None,
 ) -> None:
     import onnx_ir as ir
@@ -360,8 +438,10 @@ def _replace(
     logits.name = name
     inputs: list[ir.Value | None] = [logits, bias, None]
     if bias is not None and bias.const_value is not None and len(bias.const_value.shape) != 1:
-        flat = ir.Value(name=f"moe.{layer.index}.selection_bias",
-                        const_value=ir.tensor(bias.const_value.numpy().reshape(-1)))
+        flat = ir.Value(
+            name=f"moe.{layer.index}.selection_bias",
+            const_value=ir.tensor(bias.const_value.numpy().reshape(-1)),
+        )
         flat.dtype, flat.shape = bias.dtype, ir.Shape([layer.num_experts])
         model.graph.register_initializer(flat)
         inputs[1] = flat

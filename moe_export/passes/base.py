@@ -43,14 +43,18 @@ class Pass(ABC):
         """
         self._run(context)
         graph = context.model.graph
-        for kind, specs, values in (("input", context.io.inputs, graph.inputs),
-                                    ("output", context.io.outputs, graph.outputs)):
+        for kind, specs, values in (
+            ("input", context.io.inputs, graph.inputs),
+            ("output", context.io.outputs, graph.outputs),
+        ):
             if [s.name for s in specs] != [v.name for v in values]:
                 raise ExportError(f"pass {self.name!r} changed the model's {kind}s")
         for layer in context.layers:
             for value in (layer.hidden, layer.expert_ids, layer.weights, layer.output):
                 if find_value(context.model, value) is None:
-                    raise ExportError(f"pass {self.name!r} lost the value {value!r} of MoE layer {layer.name!r}")
+                    raise ExportError(
+                        f"pass {self.name!r} lost the value {value!r} of MoE layer {layer.name!r}"
+                    )
 
     @abstractmethod
     def _run(self, context: PassContext) -> None:

@@ -42,12 +42,17 @@ class BFloat16Weights(Pass):
             del graph.initializers[name]
             cast.outputs[0].name = f"{name}.float32"
             count, size = count + 1, size + int(tensor.size)
-        context.decisions.append(Decision(
-            subject="weights", choice="stored in bfloat16, cast to float32 at use",
-            reason="ONNX Runtime's CPU provider has no bfloat16 kernels for MatMul, Gather of experts and norms",
-        ))
-        context.notes.append(f"{count} weights ({size} elements) are stored in bfloat16 and cast to float32; tensors of "
-                             f"fewer than {SMALLEST} elements stay float32")
+        context.decisions.append(
+            Decision(
+                subject="weights",
+                choice="stored in bfloat16, cast to float32 at use",
+                reason="ONNX Runtime's CPU provider has no bfloat16 kernels for MatMul, Gather of experts and norms",
+            )
+        )
+        context.notes.append(
+            f"{count} weights ({size} elements) are stored in bfloat16 and cast to float32; tensors of "
+            f"fewer than {SMALLEST} elements stay float32"
+        )
 
 
 def _stored(value: ir.Value, array: object) -> ir.Value:

@@ -19,7 +19,9 @@ class LibraryFusions(Pass):
         except ModuleNotFoundError as error:
             if error.name is None or not error.name.startswith("transformers"):
                 raise
-            context.decisions.append(Decision("attention and norms", "plain nodes", "transformers is not installed"))
+            context.decisions.append(
+                Decision("attention and norms", "plain nodes", "transformers is not installed")
+            )
             return
         before = {n.op_type for n in context.model.graph if n.domain == "com.microsoft"}
         count = len(list(context.model.graph))
@@ -33,7 +35,10 @@ class LibraryFusions(Pass):
             if node.domain == "com.microsoft" and node.op_type not in before:
                 fused[node.op_type] = fused.get(node.op_type, 0) + 1
         text = ", ".join(f"{name} x{n}" for name, n in sorted(fused.items())) or "nothing matched"
-        context.decisions.append(Decision(
-            "attention and norms", f"fused: {text}",
-            f"ONNX Runtime's contrib kernels; {count} nodes became {len(list(context.model.graph))}",
-        ))
+        context.decisions.append(
+            Decision(
+                "attention and norms",
+                f"fused: {text}",
+                f"ONNX Runtime's contrib kernels; {count} nodes became {len(list(context.model.graph))}",
+            )
+        )

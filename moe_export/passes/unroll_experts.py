@@ -60,9 +60,9 @@ class UnrollExperts(Pass):
                 verdict = Decision("", "loop", "the weight is computed in the graph, not a constant")
             if verdict.choice == "unrolled":
                 _unroll(graph, node, kind)
-            context.decisions.append(Decision(
-                subject, verdict.choice, verdict.reason, verdict.alternatives, verdict.measured_ms
-            ))
+            context.decisions.append(
+                Decision(subject, verdict.choice, verdict.reason, verdict.alternatives, verdict.measured_ms)
+            )
         _drop_unused(context.model)
 
 
@@ -96,21 +96,32 @@ def _decide(kind: _Kind, wanted: str, total: int, opset: int, threads: int | Non
     if wanted != "auto":
         return Decision("", wanted, f"asked for by expert_lowering = {wanted}")
     if total > NODE_LIMIT:
-        return Decision("", "loop", f"unrolling makes {total} MatMul nodes, more than {NODE_LIMIT}: loading would take long",
-                        (Alternative("unrolled", "too many nodes"),))
+        return Decision(
+            "",
+            "loop",
+            f"unrolling makes {total} MatMul nodes, more than {NODE_LIMIT}: loading would take long",
+            (Alternative("unrolled", "too many nodes"),),
+        )
     nbytes = kind.experts * kind.rows * kind.columns * 4
     if nbytes > MEASURE_LIMIT:
-        return Decision("", "unrolled", f"not measured here ({nbytes / 2**20:.0f} MiB of weights in one matrix stack): "
-                        "the loop copies each used expert's matrix before it multiplies", (
-                            Alternative("loop", "copies each used expert's matrix"),))
+        return Decision(
+            "",
+            "unrolled",
+            f"not measured here ({nbytes / 2**20:.0f} MiB of weights in one matrix stack): "
+            "the loop copies each used expert's matrix before it multiplies",
+            (Alternative("loop", "copies each used expert's matrix"),),
+        )
     times = _measure(kind, opset, threads)
     score = {form: statistics.geometric_mean(list(t.values())) for form, t in times.items()}
     best = min(score, key=lambda form: score[form])
     other = "loop" if best == "unrolled" else "unrolled"
     return Decision(
-        "", best, f"faster here over {' and '.join(str(t) for t in TOKENS)} tokens "
+        "",
+        best,
+        f"faster here over {' and '.join(str(t) for t in TOKENS)} tokens "
         f"({score[other] / score[best]:.2f} times, geometric mean)",
-        (Alternative(other, "slower here", times[other]),), times[best],
+        (Alternative(other, "slower here", times[other]),),
+        times[best],
     )
 
 
@@ -125,8 +136,9 @@ def _measure(kind: _Kind, opset: int, threads: int | None) -> dict[str, dict[str
     if threads:
         options.intra_op_num_threads = threads
     sessions = {
-        form: ort.InferenceSession(_probe(kind, form, opset).SerializeToString(), options,
-                                   providers=["CPUExecutionProvider"])
+        form: ort.InferenceSession(
+            _probe(kind, form, opset).SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
         for form in ("unrolled", "loop")
     }
     out: dict[str, dict[str, float]] = {form: {} for form in sessions}
@@ -151,18 +163,34 @@ def _probe(kind: _Kind, form: str, opset: int) -> onnx.ModelProto:
     import numpy as np
     import onnx_ir as ir
 
-    shape = (kind.experts, kind.rows, kind.columns) if kind.transposed else (kind.experts, kind.columns, kind.rows)
-    weight = ir.Value(name="weight", const_value=ir.tensor(
-        np.random.default_rng(1).standard_normal(shape, dtype=np.float32) * np.float32(0.02)))
+    shape = (
+        (kind.experts, kind.rows, kind.columns)
+        if kind.transposed
+        else (kind.experts, kind.columns, kind.rows)
+    )
+    weight = ir.Value(
+        name="weight",
+        const_value=ir.tensor(
+            np.random.default_rng(1).standard_normal(shape, dtype=np.float32) * np.float32(0.02)
+        ),
+    )
     weight.dtype, weight.shape = ir.DataType.FLOAT, ir.Shape(shape)
     rows = ir.Value(name="rows", shape=ir.Shape(["m", kind.rows]), type=ir.TensorType(ir.DataType.FLOAT))
-    offsets = ir.Value(name="offsets", shape=ir.Shape([kind.experts + 1]), type=ir.TensorType(ir.DataType.INT64))
+    offsets = ir.Value(
+        name="offsets", shape=ir.Shape([kind.experts + 1]), type=ir.TensorType(ir.DataType.INT64)
+    )
     attributes = {"transposed": int(kind.transposed)}
     node = ir.node("GroupedMatMul", [rows, weight, offsets], attributes=attributes, domain=DOMAIN)
     out = node.outputs[0]
     out.name, out.dtype, out.shape = "out", ir.DataType.FLOAT, ir.Shape(["m", kind.columns])
-    graph = ir.Graph([rows, offsets], [out], nodes=[node], initializers=[weight], name="probe",
-                     opset_imports={"": opset, DOMAIN: VERSION})
+    graph = ir.Graph(
+        [rows, offsets],
+        [out],
+        nodes=[node],
+        initializers=[weight],
+        name="probe",
+        opset_imports={"": opset, DOMAIN: VERSION},
+    )
     model = ir.Model(graph, ir_version=10)
     if form == "unrolled":
         _unroll(graph, node, kind, drops=False)
@@ -238,7 +266,10 @@ def _unroll(graph: ir.Graph, node: ir.Node, kind: _Kind, drops: bool | None = No
 
 
 def _part_sizes(
-    offsets: ir.Value, drops: bool, rows: ir.Value, add: Callable[..., list[ir.Value]],
+    offsets: ir.Value,
+    drops: bool,
+    rows: ir.Value,
+    add: Callable[..., list[ir.Value]],
     constant: Callable[[str, list[int]], ir.Value],
 ) -> ir.Value:
     """Rows per expert, with those before and after the experts' when ``drops``; shared by a layer's matmuls."""
@@ -246,7 +277,9 @@ def _part_sizes(
     for user, _ in offsets.uses():
         if user.op_type == "Slice" and user.outputs[0].name == f"{name}.starts":
             (found,) = [n.outputs[0] for n, _ in user.outputs[0].uses() if n.op_type == "Sub"]
-            wider = [n.outputs[0] for n, _ in found.uses() if n.op_type == "Concat" and n.outputs[0].name == name]
+            wider = [
+                n.outputs[0] for n, _ in found.uses() if n.op_type == "Concat" and n.outputs[0].name == name
+            ]
             return wider[0] if drops else found
     zero, one = constant("moe.const.0", [0]), constant("moe.const.1", [1])
     minus_one, far = constant("moe.const.-1", [-1]), constant("moe.const.max", [2**62])
