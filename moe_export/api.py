@@ -68,7 +68,7 @@ def build(
     progress: Progress | None = None,
     **options: Any,
 ) -> Bundle:
-    """Export, lower, write, verify and measure ``source``; one bundle with its evidence in the folder ``output``.
+    """Export, lower, write, verify and measure ``source``: one bundle with its evidence in ``output``.
 
     Args:
         source, inputs, dynamic: as for :func:`export`.
