@@ -56,7 +56,8 @@ def blame_router(
     if unexplained.any() or logits_bad.any():
         tokens = unexplained | logits_bad | weights_bad
         chosen = f"{int(unexplained.sum())} of {int(fair.sum())} tokens choose other experts. "
-        return RouterBlame("wrong router", chosen + _router_hint(comparison, logits_bad), tokens)
+        hint = _router_hint(comparison, logits_bad, bool(weights_bad.any()))
+        return RouterBlame("wrong router", chosen + hint, tokens)
     if weights_bad.any():
         return RouterBlame("wrong router weights", _weight_hint(routing.weights, weights_bad), weights_bad)
     return None
@@ -67,12 +68,20 @@ def _weight_lost(weights: tuple[NDArray[Any], NDArray[Any], NDArray[Any]]) -> ND
     return ((ids >= 0) & (engine == 0.0) & (reference != 0.0)).any(axis=1)
 
 
-def _router_hint(comparison: LayerComparison, logits_bad: NDArray[np.bool_]) -> str:
+def _router_hint(comparison: LayerComparison, logits_bad: NDArray[np.bool_], weights_bad: bool) -> str:
     import numpy as np
 
     mine, theirs = comparison.engine.logits, comparison.reference.logits
     if mine is None or theirs is None or comparison.logits is None:
-        return "The layer's input agrees; router logits are not in the graph, so no closer cause is known"
+        if weights_bad:
+            return (
+                "The layer's input agrees. Tokens with the right experts have wrong weights too, so it is "
+                "probably the router's logits (its weights or bias)"
+            )
+        return (
+            "The layer's input agrees. Tokens with the right experts have right weights, so it is probably the "
+            "selection (selection bias, groups or top-k)"
+        )
     if logits_bad.any():
         difference = np.asarray(mine, np.float64) - np.asarray(theirs, np.float64)
         difference = difference[np.isfinite(difference).all(axis=1)]

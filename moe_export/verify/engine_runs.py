@@ -23,6 +23,7 @@ class EngineRuns:
     def __init__(self, session: Session) -> None:
         self._session = session
         io = session.io
+        self._inputs = {t.name for t in io.inputs}
         self._outputs = [t.name for t in io.outputs if t.role != "cache"]
         self._pairs = {t.name: str(t.pair) for t in io.cache_inputs}
 
@@ -30,7 +31,7 @@ class EngineRuns:
         """Outputs (without caches) of the engine as users run it; in chunks through caches handed back and
         forth."""
         if not case.chunks:
-            outputs = self._session.run(case.inputs)
+            outputs = self._session.run(self._known(case.inputs))
             return {name: outputs[name] for name in self._outputs}
         pieces = [outputs for outputs, _layers in self._steps(case, None, traced=False)]
         return self._join(pieces)
@@ -43,7 +44,7 @@ class EngineRuns:
             return self._session.chunked_logits(
                 case.inputs["input_ids"], case.inputs["attention_mask"], case.chunks
             )
-        run = self._session.run_traced(case.inputs)
+        run = self._session.run_traced(self._known(case.inputs))
         return TracedRun({name: run.outputs[name] for name in self._outputs}, run.layers)
 
     def forced(self, case: Case, routing: Sequence[LayerTrace]) -> TracedRun:
@@ -54,8 +55,12 @@ class EngineRuns:
             steps = list(self._steps(case, routing, traced=True))
             layers = [_join_layers(parts, case) for parts in zip(*(s[1] for s in steps), strict=True)]
             return TracedRun(self._join([s[0] for s in steps]), tuple(layers))
-        run = self._session.run_traced(case.inputs, force_routing=routing)
+        run = self._session.run_traced(self._known(case.inputs), force_routing=routing)
         return TracedRun({name: run.outputs[name] for name in self._outputs}, run.layers)
+
+    def _known(self, inputs: dict[str, Array]) -> dict[str, Array]:
+        """Without what only the reference takes (a mask, where the engine has none)."""
+        return {name: value for name, value in inputs.items() if name in self._inputs}
 
     def _steps(
         self, case: Case, routing: Sequence[LayerTrace] | None, *, traced: bool
@@ -67,7 +72,8 @@ class EngineRuns:
         begin = 0
         for size in case.chunks:
             end = begin + size
-            inputs = {"input_ids": ids[:, begin:end], "attention_mask": mask[:, :end], **caches}
+            new = {"input_ids": ids[:, begin:end], "attention_mask": mask[:, :end]}
+            inputs = {**self._known(new), **caches}
             layers: tuple[LayerTrace, ...] = ()
             if traced:
                 part = None if routing is None else [_rows_of(t, ids.shape, begin, end) for t in routing]

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 LOGIT_BUDGET = 1 << 24
 """Largest number of logits of one case: bounds time, memory and the size of a golden file."""
+TRACE_BUDGET = 1 << 26
+"""Largest number of values of MoE layer inputs of one case, over all layers."""
 MOST_TOKENS, FEWEST_TOKENS = 512, 32
 """A sequence never is longer than the first, and not shorter than the second for the budget's sake."""
 
@@ -71,13 +73,20 @@ class _TextCases:
         self.decoder = "decoder_input_ids" in names
         self.cached = bool(manifest.io.cache_inputs)
         self.info = manifest.text
+        self.masked = "attention_mask" in names
         self.vocab = manifest.text.vocab_size if manifest.text is not None else 2
-        budget = max(FEWEST_TOKENS, min(MOST_TOKENS, LOGIT_BUDGET // max(self.vocab, 1)))
+        width = sum(layer.hidden_size for layer in manifest.moe_layers)
+        budget = min(MOST_TOKENS, LOGIT_BUDGET // max(self.vocab, 1), TRACE_BUDGET // max(width, 1))
+        budget = max(FEWEST_TOKENS, budget)
         self.limits = manifest.limits
         self.longest = min(budget, manifest.limits.max_sequence or budget)
         self.encode, self.text, self.seed = encode, text, seed
         self.cases: list[Case] = []
         self.notes: list[str] = []
+        if manifest.text is None:
+            self.notes.append("the manifest holds no vocabulary size, so only the ids 0 and 1 were tried")
+        if not self.masked:
+            self.notes.append("the engine takes no attention mask, so padding was not verified")
 
     def make(self) -> tuple[list[Case], list[str]]:
         texts = self._texts()
@@ -86,7 +95,7 @@ class _TextCases:
         self._random("random", "random ids", (), 3, 13)
         self._random("one token", "batch 1, length 1", ("edge",), 1, 1)
         self._maximum()
-        for side in ("left", "right"):
+        for side in ("left", "right") if self.masked else ():
             self._padded(side)
         if self.cached:
             self._chunked(texts)
@@ -192,6 +201,8 @@ class _TextCases:
         for name, chunks in plans.items():
             what = f"prefill and decode in pieces of {', '.join(str(c) for c in chunks)}"
             self._add(name, what, (*tags, "chunked"), ids[:, : sum(chunks)], seed, chunks=chunks)
+        if not self.masked:
+            return
         short = min(17, self.longest)
         padded, mask, padded_seed = self._padded_ids("left", short)
         chunks = (short - 3, 1, 1, 1)
