@@ -32,7 +32,7 @@ def experts_forward(
     Args:
         hidden: [T, H] tokens.
         expert_ids: [T, K] chosen experts; negative = dropped.
-        weights: [T, K] routing weights.
+        weights: [T, K] routing weights; of a dropped assignment it does not matter.
         up: [E, 2I or I, H] gate and up projection, or up alone ([E, H, ·] when ``transposed``).
         down: [E, H, I] ([E, I, H] when ``transposed``).
         activate: [M, 2I or I] → [M, I].
@@ -65,6 +65,9 @@ def experts_forward(
         out = out + take(owner, down_bias)
     if after_down is not None:
         out = after_down(out)
+    if drops:
+        # A dropped row is zero after the matmul, but a bias or a norm behind it makes it something.
+        weights = torch.where((ids >= 0) & (ids < num_experts), weights, 0.0)
     return ops.combine(out, order, weights.to(torch.float32)).to(hidden.dtype)
 
 
