@@ -45,7 +45,7 @@ def body(_attributes: Mapping[str, Any], _opset: int) -> str:
 
 COMBINE = OpContract(
     name="Combine",
-    summary="Brings expert outputs back to token order and sums each token's K rows with its routing weights, in order.",
+    summary="Brings expert outputs back to token order and sums each token's K rows, weighted, in order.",
     inputs=(
         Param("rows", ("M", "H"), FLOAT_TYPES, "expert outputs sorted by expert"),
         Param("order", ("M",), ("int64",), "from Dispatch"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,8 @@ FLOAT_TYPES = ("float32", "float16", "bfloat16")
 
 @dataclass(frozen=True)
 class Param:
-    """An input or output: shape by symbol (T tokens, E experts, K per token, H hidden, I intermediate, M = T*K)."""
+    """An input or output: shape by symbol (T tokens, E experts, K per token, H hidden, I intermediate,
+    M = T*K)."""
 
     name: str
     shape: tuple[str, ...]
@@ -30,7 +32,10 @@ class Param:
 
 @dataclass(frozen=True)
 class Attribute:
-    """An attribute. ``structural``: changes the body, so all nodes of one model must agree on it."""
+    """An attribute. ``structural``: changes the body, so all nodes of one model must agree on it.
+
+    ``minimum``: the least value of a number.
+    """
 
     name: str
     kind: type[int] | type[float] | type[str]
@@ -38,12 +43,13 @@ class Attribute:
     default: int | float | str | None = None
     choices: tuple[int | float | str, ...] = ()
     structural: bool = False
+    minimum: int | None = None
 
     def check(self, op: str, value: Any) -> int | float | str:
         """Return ``value`` as the attribute's type.
 
         Raises:
-            UsageError: wrong type or not one of the choices.
+            UsageError: wrong type, not one of the choices, below the minimum or not finite.
         """
         if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
@@ -56,6 +62,10 @@ class Attribute:
                 f"{op}.{self.name}: unknown value {value!r}; "
                 f"{choices_text(str(value), [str(c) for c in self.choices])}"
             )
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{op}.{self.name}: expected a finite number, got {value!r}")
+        if self.minimum is not None and not isinstance(value, str) and value < self.minimum:
+            raise UsageError(f"{op}.{self.name}: expected at least {self.minimum}, got {value!r}")
         return value
 
 
@@ -72,8 +82,9 @@ class Tolerance:
 class OpContract:
     """One op of the ``moe_export`` domain.
 
-    ``reference`` takes and returns numpy arrays (float64 inside). ``body`` returns the ONNX function body as text in
-    ONNX's own syntax for given attributes and opset; it runs in any runtime.
+    ``reference`` takes and returns numpy arrays (float64 inside). ``body`` returns the ONNX function body as
+    text in ONNX's own syntax for given attributes and opset; it runs in any runtime. ``conflict`` says why
+    complete attributes do not go together; empty when they do.
     """
 
     name: str
@@ -85,12 +96,13 @@ class OpContract:
     body: Callable[[Mapping[str, Any], int], str]
     tolerance: Mapping[str, Tolerance] = field(default_factory=dict)
     source: str = ""
+    conflict: Callable[[Mapping[str, Any]], str] = field(default=lambda _attributes: "")
 
     def complete(self, attributes: Mapping[str, Any]) -> dict[str, Any]:
         """All attributes, defaults filled in and values checked.
 
         Raises:
-            UsageError: unknown or missing attribute, or a bad value.
+            UsageError: unknown or missing attribute, a bad value, or values that do not go together.
         """
         known = {a.name: a for a in self.attributes}
         for name in attributes:
@@ -102,6 +114,8 @@ class OpContract:
             if value is None:
                 raise UsageError(f"{self.name}: attribute {name!r} is required")
             out[name] = attribute.check(self.name, value)
+        if conflict := self.conflict(out):
+            raise UsageError(f"{self.name}: {conflict}")
         return out
 
     def variant(self, attributes: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -110,7 +124,7 @@ class OpContract:
         return tuple(full[a.name] for a in self.attributes if a.structural)
 
     def function(self, attributes: Mapping[str, Any], opset: int) -> onnx.FunctionProto:
-        """The ONNX function for these attributes: numeric ones stay attribute references, structural ones are built in."""
+        """The ONNX function: numeric attributes stay references, structural ones are built in."""
         import onnx.parser
 
         full = self.complete(attributes)

@@ -17,10 +17,10 @@ def reference(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Stable counting sort of ``expert_ids`` [T, K] read row by row.
 
-    Returns ``order`` int64 [M] (positions in the flattened ids, sorted by expert, then by token), ``offsets`` int64
-    [E+1]: expert *e* owns ``order[offsets[e]:offsets[e+1]]``, and ``tokens`` int64 [M], the token of each assignment
-    (``order // K``). Negative ids (dropped) come before ``offsets[0]``, ids
-    of E and more (experts of another rank) after ``offsets[E]``.
+    Returns ``order`` int64 [M] (positions in the flattened ids, sorted by expert, then by token), ``offsets``
+    int64 [E+1]: expert *e* owns ``order[offsets[e]:offsets[e+1]]``, and ``tokens`` int64 [M], the token of
+    each assignment (``order // K``). Negative ids (dropped) come before ``offsets[0]``, ids of E and more
+    (experts of another rank) after ``offsets[E]``.
     """
     import numpy as np
 
@@ -55,7 +55,8 @@ def body(_attributes: Mapping[str, Any], _opset: int) -> str:
 
 DISPATCH = OpContract(
     name="Dispatch",
-    summary="Sorts the assignments of tokens to experts by expert, then by token, and says where each expert's begin.",
+    summary="Sorts the assignments of tokens to experts by expert, then by token, and says where each "
+    "expert's begin.",
     inputs=(
         Param("expert_ids", ("T", "K"), ("int32",), "chosen experts; negative = dropped, >= E = not ours"),
     ),
@@ -70,7 +71,7 @@ DISPATCH = OpContract(
         Param("tokens", ("M",), ("int64",), "token of each sorted assignment: order // K"),
     ),
     attributes=(
-        Attribute("num_experts", int, "number of experts E"),
+        Attribute("num_experts", int, "number of experts E", minimum=1),
         Attribute("drops", int, "0: promises that every id is in [0, E)", default=1, choices=(0, 1)),
         Attribute("layer", str, "name of the MoE layer in the source model", default=""),
     ),

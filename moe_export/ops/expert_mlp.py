@@ -21,8 +21,8 @@ def activate(
 ) -> NDArray[np.float64]:
     """[M, 2I] (gated) or [M, I] → [M, I], float64.
 
-    ``clamped_swiglu`` is gpt-oss's: ``(min(up, limit) clipped to ±limit + 1) * gate * sigmoid(alpha * gate)`` with
-    ``gate = min(gate, limit)``; the others are ``f(gate) * up`` or ``f(x)``.
+    ``clamped_swiglu`` is gpt-oss's: ``(min(up, limit) clipped to ±limit + 1) * gate * sigmoid(alpha * gate)``
+    with ``gate = min(gate, limit)``; the others are ``f(gate) * up`` or ``f(x)``.
     """
     import numpy as np
 
@@ -124,8 +124,7 @@ def activation_lines(attributes: Mapping[str, Any], source: str, target: str) ->
     if not gated:
         return function(source, target)
     if attributes["layout"] == "interleaved":
-        split = f"""pair_shape = Constant <value_ints = [0, -1, 2]> ()
-        tokens_1d = Shape <start = 0, end = 1> ({source})
+        split = f"""tokens_1d = Shape <start = 0, end = 1> ({source})
         width_1d = Shape <start = 1, end = 2> ({source})
         two = Constant <value_ints = [2]> ()
         half = Div (width_1d, two)
@@ -135,7 +134,6 @@ def activation_lines(attributes: Mapping[str, Any], source: str, target: str) ->
         second_0d = Constant <value_int = 1> ()
         gate = Gather <axis = 2> (paired, first_0d)
         linear = Gather <axis = 2> (paired, second_0d)"""
-        split = split.replace("pair_shape = Constant <value_ints = [0, -1, 2]> ()\n        ", "")
     else:
         split = f"gate, linear = Split <axis = 1, num_outputs = 2> ({source})"
     if activation == "clamped_swiglu":
@@ -170,7 +168,8 @@ def body(attributes: Mapping[str, Any], _opset: int) -> str:
         inner_in, outer_in = "inner_b", "outer_b"
     t = attributes["transposed"]
     return f"""
-    order, offsets, tokens = moe_export.Dispatch <num_experts : int = @num_experts, drops = 1, layer : string = @layer> (expert_ids)
+    order, offsets, tokens = moe_export.Dispatch
+        <num_experts : int = @num_experts, drops = 1, layer : string = @layer> (expert_ids)
     hidden_f32 = Cast <to = 1> (hidden)
     rows = Gather <axis = 0> (hidden_f32, tokens)
     last_1d = Constant <value_ints = [-1]> ()
@@ -199,9 +198,16 @@ def body(attributes: Mapping[str, Any], _opset: int) -> str:
     """
 
 
+def _conflict(attributes: Mapping[str, Any]) -> str:
+    if attributes["activation"] == "clamped_swiglu" and not attributes["gated"]:
+        return "activation clamped_swiglu needs gated 1"
+    return ""
+
+
 EXPERT_MLP = OpContract(
     name="ExpertMLP",
-    summary="All routed experts of one MoE layer: dispatch, up (and gate) projection, activation, down, combine.",
+    summary="All routed experts of one MoE layer: dispatch, up (and gate) projection, activation, down, "
+    "combine.",
     inputs=(
         Param("hidden", ("T", "H"), FLOAT_TYPES, "tokens"),
         Param("expert_ids", ("T", "K"), ("int32",), "from Router; negative = dropped"),
@@ -215,7 +221,7 @@ EXPERT_MLP = OpContract(
     ),
     outputs=(Param("out", ("T", "H"), FLOAT_TYPES, "combined expert outputs"),),
     attributes=(
-        Attribute("num_experts", int, "number of experts E"),
+        Attribute("num_experts", int, "number of experts E", minimum=1),
         Attribute(
             "activation", str, "activation function", default="silu", choices=ACTIVATIONS, structural=True
         ),
@@ -237,4 +243,5 @@ EXPERT_MLP = OpContract(
     reference=reference,
     body=body,
     tolerance=FLOAT_TOLERANCE,
+    conflict=_conflict,
 )

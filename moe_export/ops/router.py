@@ -27,7 +27,8 @@ def scores_and_selection(
     group_mask: str = "minus_infinity",
     **_other: Any,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The score of each expert and the value it is selected by (bias added, other groups masked), float64 [T, E]."""
+    """The score of each expert and the value it is selected by (bias added, other groups masked), float64
+    [T, E]."""
     import numpy as np
 
     x = np.asarray(logits, np.float64)
@@ -75,10 +76,10 @@ def reference(
 ) -> tuple[NDArray[np.float64], NDArray[np.int32]]:
     """Weights float64 [T, K] and expert ids int32 [T, K], experts in order of falling selection value.
 
-    Equal values: the lower expert id wins. ``capacity`` > 0: in each run of ``sequence_length`` tokens an expert takes
-    its first ``capacity`` assignments (in token order, then k); later ones get id -1 and weight 0 (Switch
-    Transformers, Fedus et al. 2021). Sources: Shazeer et al. 2017 (softmax over the top k), Mixtral (softmax,
-    renormalised), DeepSeek-V2/V3 (groups, sigmoid, selection bias, scale).
+    Equal values: the lower expert id wins. ``capacity`` > 0: in each run of ``sequence_length`` tokens an
+    expert takes its first ``capacity`` assignments (in token order, then k); later ones get id -1 and weight
+    0 (Switch Transformers, Fedus et al. 2021). Sources: Shazeer et al. 2017 (softmax over the top k), Mixtral
+    (softmax, renormalised), DeepSeek-V2/V3 (groups, sigmoid, selection bias, scale).
     """
     import numpy as np
 
@@ -231,9 +232,15 @@ def body(attributes: Mapping[str, Any], _opset: int) -> str:
     return "\n".join(lines)
 
 
+def _conflict(attributes: Mapping[str, Any]) -> str:
+    if attributes["topk_group"] > attributes["n_group"]:
+        return f"topk_group {attributes['topk_group']} is more than n_group {attributes['n_group']}"
+    return ""
+
+
 ROUTER = OpContract(
     name="Router",
-    summary="Chooses each token's experts from router logits and gives their weights; equal values: lower id wins.",
+    summary="Chooses each token's experts from router logits and gives their weights; the lower id wins ties",
     inputs=(
         Param("logits", ("T", "E"), FLOAT_TYPES, "router logits"),
         Param("selection_bias", ("E",), FLOAT_TYPES, "added to the scores for selection only", optional=True),
@@ -244,7 +251,7 @@ ROUTER = OpContract(
         Param("expert_ids", ("T", "K"), ("int32",), "chosen experts, -1 = dropped"),
     ),
     attributes=(
-        Attribute("top_k", int, "experts per token K"),
+        Attribute("top_k", int, "experts per token K", minimum=1),
         Attribute(
             "score", str, "how logits become scores", default="softmax", choices=SCORES, structural=True
         ),
@@ -258,8 +265,8 @@ ROUTER = OpContract(
         ),
         Attribute("epsilon", float, "added to that sum", default=0.0),
         Attribute("scale", float, "factor on the weights", default=1.0),
-        Attribute("n_group", int, "groups of experts; 1 = no groups", default=1, structural=True),
-        Attribute("topk_group", int, "groups a token may choose from", default=1),
+        Attribute("n_group", int, "groups of experts; 1 = no groups", default=1, structural=True, minimum=1),
+        Attribute("topk_group", int, "groups a token may choose from", default=1, minimum=1),
         Attribute(
             "group_score", str, "how a group is valued", default="max", choices=GROUP_SCORES, structural=True
         ),
@@ -277,6 +284,7 @@ ROUTER = OpContract(
             "most assignments per expert and sequence; 0 = no limit",
             default=0,
             structural=True,
+            minimum=0,
         ),
         Attribute("biased", int, "1: selection_bias is given", default=0, choices=(0, 1), structural=True),
         Attribute("layer", str, "name of the MoE layer in the source model", default=""),
@@ -284,5 +292,6 @@ ROUTER = OpContract(
     reference=reference,
     body=body,
     tolerance={d: Tolerance(2e-6, 5e-7, "computed in float32 from the given logits") for d in FLOAT_TYPES},
+    conflict=_conflict,
     source="Shazeer et al. 2017 (arXiv 1701.06538); Fedus et al. 2021 (2101.03961); DeepSeek-V3 (2412.19437)",
 )

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .contract import DOMAIN, VERSION, OpContract
+from .contract import DOMAIN, VERSION, Attribute, OpContract
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +82,7 @@ def _define_ops() -> None:
 
 @functools.cache
 def torch_ops() -> Any:
-    """``torch.ops.moe_export`` with ``dispatch``, ``grouped_matmul`` and ``combine`` defined (once per process).
+    """``torch.ops.moe_export`` with ``dispatch``, ``grouped_matmul``, ``combine`` (defined once per process).
 
     They compute what the contracts say on CPU tensors; see :mod:`moe_export.ops` for shapes and dtypes.
     """
@@ -92,14 +92,21 @@ def torch_ops() -> Any:
     return getattr(torch.ops, DOMAIN)
 
 
+def _schema_attribute(attribute: Attribute) -> Any:
+    """Required where the contract has no default."""
+    import onnx
+
+    schema = onnx.defs.OpSchema
+    if attribute.default is not None:
+        value = onnx.helper.make_attribute(attribute.name, attribute.default)
+        return schema.Attribute(attribute.name, value, attribute.doc)
+    kinds = {int: schema.AttrType.INT, float: schema.AttrType.FLOAT, str: schema.AttrType.STRING}
+    return schema.Attribute(attribute.name, kinds[attribute.kind], attribute.doc, required=True)
+
+
 def _schema(op: OpContract) -> Any:
     import onnx.defs as defs
 
-    kinds = {
-        int: defs.OpSchema.AttrType.INT,
-        float: defs.OpSchema.AttrType.FLOAT,
-        str: defs.OpSchema.AttrType.STRING,
-    }
     optional = defs.OpSchema.FormalParameterOption.Optional
     single = defs.OpSchema.FormalParameterOption.Single
     tensor = {
@@ -134,9 +141,7 @@ def _schema(op: OpContract) -> Any:
         inputs=inputs,
         outputs=outputs,
         type_constraints=[(name, list(types), "") for name, types in constraints.items()],
-        attributes=[
-            defs.OpSchema.Attribute(a.name, kinds[a.kind], a.doc, required=False) for a in op.attributes
-        ],
+        attributes=[_schema_attribute(a) for a in op.attributes],
     )
 
 
@@ -153,7 +158,7 @@ def register_onnx_schemas() -> None:
 
 
 def translation_table() -> dict[Any, Callable[..., Any]]:
-    """For ``torch.onnx.export(custom_translation_table=...)``: each torch op becomes one node of our domain."""
+    """For ``torch.onnx.export(custom_translation_table=...)``: each torch op becomes one node of ours."""
     import onnxscript
 
     register_onnx_schemas()
