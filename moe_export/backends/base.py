@@ -36,7 +36,8 @@ class Backend(ABC):
     summary: str
 
     def build(self, exported: ExportedModel, folder: Path, options: Mapping[str, Any]) -> Lowered:
-        """Lower ``exported`` with the target's pipeline and write ``model.onnx`` and its weights into ``folder``.
+        """Lower ``exported`` with the target's pipeline and write ``model.onnx`` and its weights into
+        ``folder``.
 
         Raises:
             ExportError: a pass broke the graph. OSError: the folder cannot be written.

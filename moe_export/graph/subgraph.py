@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def ancestors(
     values: Sequence[ir.Value], stop: Collection[ir.Value] = ()
 ) -> tuple[list[ir.Node], list[ir.Value]]:
-    """Nodes that ``values`` depend on, without going beyond ``stop``, and the values of ``stop`` that were reached.
+    """Nodes that ``values`` depend on up to ``stop``, and the values of ``stop`` that were reached.
 
     Values used inside subgraphs (If, Loop) count as inputs of their node.
     """
@@ -40,7 +40,7 @@ def extract(
     outputs: Sequence[ir.Value],
     as_inputs: Sequence[ir.Value] = (),
 ) -> onnx.ModelProto | None:
-    """A model that computes ``outputs`` from ``inputs`` (and from ``as_inputs``: initializers turned into inputs).
+    """A model that computes ``outputs`` from ``inputs`` and ``as_inputs`` (initializers turned into inputs).
 
     None if the piece depends on anything else that is not an initializer.
     """

@@ -69,8 +69,8 @@ def _tensors(cache: Any) -> Iterator[tuple[int, str, str, int | None, torch.Tens
 def new_cache(model: PreTrainedModel) -> Any:
     """An empty cache for ``model`` whose sliding layers keep every token (the mask applies the window).
 
-    A cache cut to the window cannot be traced: the cut depends on the number of tokens seen, and the trace would bake
-    the sample's number in.
+    A cache cut to the window cannot be traced: the cut depends on the number of tokens seen, and the trace
+    would bake the sample's number in.
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -88,7 +88,7 @@ def plan_cache(model: PreTrainedModel, probe: dict[str, torch.Tensor]) -> tuple[
         probe: ``input_ids`` and ``attention_mask`` [batch, sequence], batch of 2, sequence of at least 4.
 
     Raises:
-        UnsupportedModelError: something is cached that does not grow by one per token and is not of fixed size.
+        UnsupportedModelError: something is cached that neither grows by one per token nor has a fixed size.
     """
     import torch
 
@@ -117,8 +117,9 @@ def plan_cache(model: PreTrainedModel, probe: dict[str, torch.Tensor]) -> tuple[
             long.shape[a] - short.shape[a] != 1 or long.shape[a] != length for a in growing
         ):
             raise UnsupportedModelError(
-                f"cache tensor {name} of layer {layer} goes from {tuple(short.shape)} to {tuple(long.shape)} for one "
-                "more token; only caches that keep every token, or state of fixed size, can be flat inputs"
+                f"cache tensor {name} of layer {layer} goes from {tuple(short.shape)} to {tuple(long.shape)} "
+                "for one more token; only caches that keep every token, or state of fixed size, can be flat "
+                "inputs"
             )
         slots.append(
             CacheSlot(

@@ -63,9 +63,11 @@ def export_model(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> ExportedModel:
-    """Export ``source`` (see :func:`moe_export.importer.sources.load_source`, or a LoadedSource) to the portable model.
+    """Export ``source`` (see :func:`moe_export.importer.sources.load_source`, or a LoadedSource) to the
+    portable model.
 
-    ``dtype`` float16 traces the model in float16; bfloat16 stores the weights in bfloat16 and computes in float32.
+    ``dtype`` float16 traces the model in float16; bfloat16 stores the weights in bfloat16 and computes in
+    float32.
 
     Raises:
         SourceError, UnsupportedModelError: the source cannot be read or is refused.

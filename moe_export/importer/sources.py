@@ -1,4 +1,4 @@
-"""What a user hands in as a model: a Hugging Face folder, a live model, or a function that makes an nn.Module."""
+"""What a user hands in as a model: a Hugging Face folder, a live model, or a function that makes one."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def load_source(
 
     Args:
         source: folder with ``config.json`` and safetensors; ``file.py:function`` where the function returns
-            ``(module, inputs, dynamic)``; a ``transformers`` model; or any ``nn.Module`` (then ``inputs`` is needed).
+            ``(module, inputs, dynamic)``; a ``transformers`` model; or any ``nn.Module`` (then ``inputs`` is
+            needed).
         task: one of :data:`moe_export.schema.TASKS`; None = chosen from the model.
         inputs: sample inputs of an own module by name.
         dynamic: input name → {axis: symbolic dimension}; every other axis is fixed.

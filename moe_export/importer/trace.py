@@ -1,4 +1,4 @@
-"""From a traced graph plan to an onnx_ir model: torch.export, proof that dynamic dimensions stayed dynamic, ONNX."""
+"""From a traced graph plan to an onnx_ir model: torch.export, proof that nothing was frozen, ONNX."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def library_patches() -> Iterator[None]:
-    """transformers' own reversible patches that make its models traceable (masks, RoPE, caches), if it is installed."""
+    """transformers' own reversible patches that make its models traceable (masks, RoPE, caches)."""
     try:
         from transformers.exporters.utils import apply_patches
     except ModuleNotFoundError as error:
@@ -68,7 +68,7 @@ def _library_table() -> dict[Any, Any]:
 
 
 def _check_dynamic(program: torch.export.ExportedProgram, plan: TracedGraph) -> dict[str, str]:
-    """Every symbolic dimension of the plan must still be symbolic, equal names equal, different names different.
+    """Every symbolic dimension of the plan must still be symbolic; equal names equal, others different.
 
     Returns traced symbol → name.
     """

@@ -23,13 +23,16 @@ class MoEBlockSpec:
     """What an MoE block is made of.
 
     ``experts``: attribute path of the ``nn.ModuleList`` or ``nn.ModuleDict`` of experts, all of one class.
-    ``route(block, hidden)``: routing weights [T, K] (float) and expert ids [T, K] (int; -1 = dropped), computed by the
-    block's own router code; ``hidden`` is [T, H] (with ``flatten=False``: as the block got it).
-    ``up_proj``, ``down_proj``, ``gate_proj``: names of the ``nn.Linear`` inside one expert; without ``gate_proj`` an
-    expert is ``down(f(up(x)))``, with it ``down(f(gate(x)) * up(x))``.
+    ``route(block, hidden)``: routing weights [T, K] (float) and expert ids [T, K] (int; -1 = dropped),
+    computed by the block's own router code; ``hidden`` is [T, H] (with ``flatten=False``: as the block got
+    it). The weight of a dropped assignment does not matter.
+    ``up_proj``, ``down_proj``, ``gate_proj``: names of the ``nn.Linear`` inside one expert; without
+    ``gate_proj`` an expert is ``down(f(up(x)))``, with it ``down(f(gate(x)) * up(x))``.
     ``activation``: one of :data:`ACTIVATIONS` or a function of a tensor.
-    ``after(block, hidden, combined)``: what the block does with the experts' sum (shared experts, residual), on [T, H].
-    ``output(block, result)``: what the block returns, made from the result in the input's shape; default: the result.
+    ``after(block, hidden, combined)``: what the block does with the experts' sum (shared experts, residual),
+    on [T, H].
+    ``output(block, result)``: what the block returns, made from the result in the input's shape; default: the
+    result.
     """
 
     experts: str
@@ -144,7 +147,7 @@ def spec_of(module: nn.Module) -> MoEBlockSpec | None:
 
 @dataclass(frozen=True)
 class StackedExperts:
-    """Weights of a block's experts in the layout of the ops: ``up`` [E, 2I or I, H], ``down`` [E, H, I], biases."""
+    """Weights of experts in the layout of the ops: ``up`` [E, 2I or I, H], ``down`` [E, H, I], biases."""
 
     up: torch.Tensor
     down: torch.Tensor
@@ -237,8 +240,8 @@ def adapted(model: nn.Module) -> Iterator[None]:
 
 
 def looks_like_moe(module: nn.Module) -> tuple[str, int] | None:
-    """(attribute of the experts, their number) if ``module`` has two or more experts of one class and a layer with one
-    output per expert, which is how nearly every hand-written MoE block looks."""
+    """(attribute of the experts, their number) if ``module`` has two or more experts of one class and a layer
+    with one output per expert, which is how nearly every hand-written MoE block looks."""
     from torch import nn
 
     for name, child in module.named_children():

@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 Runner = Callable[[dict[str, Any]], "tuple[NDArray[np.int32], NDArray[np.float32]]"]
 
 WEIGHT_TOLERANCE = {"float32": 1e-6, "float16": 2e-3}
-"""Largest difference of a routing weight, relative to max(1, |weight|): rounding of the same float32 arithmetic, and
-of the casts to float16 that a float16 router makes."""
+"""Largest difference of a routing weight, relative to max(1, |weight|): rounding of the same float32
+arithmetic, and of the casts to float16 that a float16 router makes."""
 
 
 def hard_logits(num_experts: int, dtype: str) -> list[NDArray[Any]]:
-    """Logits [T, E] on which routers that only look alike differ: ties, one-sided, huge, tiny, -inf, equal rows."""
+    """Logits [T, E] on which routers that only look alike differ: ties, one-sided, huge, tiny, -inf, equal
+    rows."""
     import numpy as np
 
     rng = np.random.default_rng(20261122)
@@ -60,7 +61,7 @@ def hard_logits(num_experts: int, dtype: str) -> list[NDArray[Any]]:
 
 
 class AttachRouter(Pass):
-    """For each MoE layer find the logits, name the function between them and the routing, prove it, replace it."""
+    """For each MoE layer: find the logits, name what leads from them to the routing, prove it, replace it."""
 
     name = "attach-router"
 
@@ -124,7 +125,7 @@ class AttachRouter(Pass):
 
 
 def _logit_candidates(ids: ir.Value, weights: ir.Value, num_experts: int) -> Iterator[ir.Value]:
-    """Values [.., E] of float type that everything between them and the routing depends on, farthest first."""
+    """Float values [.., E] that everything between them and the routing depends on, farthest first."""
     nodes, _ = ancestors([ids, weights])
     matmuls = [
         node.outputs[0]
@@ -361,7 +362,7 @@ def _fit_scale(
     scalars: Sequence[float],
     tolerance: float,
 ) -> float | None:
-    """The factor between two routings of the same sets, from the graph's own constants; None if there is none."""
+    """The factor between two routings of the same sets, from the graph's own constants, or None."""
     import numpy as np
 
     a_ids, a = _by_expert(want_ids, want_weights)

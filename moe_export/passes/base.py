@@ -1,4 +1,4 @@
-"""A pass: one transformation of a graph. It declares what it does; this base checks that the rest still holds."""
+"""A pass: one transformation of a graph. This base checks that what others rely on still holds after it."""
 
 from __future__ import annotations
 

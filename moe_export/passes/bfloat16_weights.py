@@ -15,7 +15,7 @@ SMALLEST = 1024
 
 
 class BFloat16Weights(Pass):
-    """bfloat16 models: weights in bfloat16, arithmetic in float32, because the CPU provider has no bfloat16 kernels."""
+    """bfloat16 models: weights in bfloat16, arithmetic in float32, as the CPU has no bfloat16 kernels."""
 
     name = "bfloat16-weights"
 
@@ -46,7 +46,7 @@ class BFloat16Weights(Pass):
             Decision(
                 subject="weights",
                 choice="stored in bfloat16, cast to float32 at use",
-                reason="ONNX Runtime's CPU provider has no bfloat16 kernels for MatMul, Gather of experts and norms",
+                reason="ONNX Runtime's CPU provider has no bfloat16 kernels for MatMul and norms",
             )
         )
         context.notes.append(
@@ -58,7 +58,7 @@ class BFloat16Weights(Pass):
 def _stored(value: ir.Value, array: object) -> ir.Value:
     import onnx_ir as ir
 
-    stored = ir.Value(name=f"{value.name}.bfloat16", const_value=ir.tensor(array))  # type: ignore[arg-type]
+    stored = ir.Value(name=f"{value.name}.bfloat16", const_value=ir.tensor(array))
     stored.dtype, stored.shape = ir.DataType.BFLOAT16, value.shape
     return stored
 

@@ -1,4 +1,4 @@
-"""Lower GroupedMatMul: one MatMul per expert over its rows, or keep the op's Loop body; measured, per kind of layer."""
+"""Lower GroupedMatMul: one MatMul per expert over its rows, or keep the op's Loop body; measured."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 MEASURE_LIMIT = 256 * 2**20
 """Bytes of weights up to which both forms are timed; larger layers follow the rule of the smaller ones."""
 NODE_LIMIT = 20_000
-"""Expert MatMul nodes of a whole model above which unrolling is refused: the load time grows with the nodes."""
+"""Expert MatMul nodes of a whole model above which unrolling is refused: the load time grows with the
+nodes."""
 TOKENS = (1, 64)
 
 
@@ -35,7 +36,8 @@ class _Kind:
 
 
 class UnrollExperts(Pass):
-    """``option expert_lowering``: ``auto`` measures both forms on this machine, ``unrolled`` and ``loop`` force one."""
+    """``option expert_lowering``: ``auto`` measures both forms on this machine, ``unrolled`` and ``loop``
+    force one."""
 
     name = "unroll-experts"
 
@@ -272,7 +274,8 @@ def _part_sizes(
     add: Callable[..., list[ir.Value]],
     constant: Callable[[str, list[int]], ir.Value],
 ) -> ir.Value:
-    """Rows per expert, with those before and after the experts' when ``drops``; shared by a layer's matmuls."""
+    """Rows per expert, with those before and after the experts' when ``drops``; shared by a layer's
+    matmuls."""
     name = f"{offsets.name}.sizes"
     for user, _ in offsets.uses():
         if user.op_type == "Slice" and user.outputs[0].name == f"{name}.starts":
