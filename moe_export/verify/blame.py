@@ -78,10 +78,12 @@ def _router_hint(comparison: LayerComparison, logits_bad: NDArray[np.bool_], wei
                 "The layer's input agrees. Tokens with the right experts have wrong weights too, so it is "
                 "probably the router's logits (its weights or bias)"
             )
-        return (
-            "The layer's input agrees. Tokens with the right experts have right weights, so it is probably the "
-            "selection (selection bias, groups or top-k)"
-        )
+        if comparison.routing.weights_judged.any():
+            return (
+                "The layer's input agrees. Tokens with the right experts have right weights, so it is "
+                "probably the selection (selection bias, groups or top-k)"
+            )
+        return "The layer's input agrees. The reference records no router logits, so no closer cause is known"
     if logits_bad.any():
         difference = np.asarray(mine, np.float64) - np.asarray(theirs, np.float64)
         difference = difference[np.isfinite(difference).all(axis=1)]

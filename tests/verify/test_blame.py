@@ -114,6 +114,9 @@ def test_router_mistakes(name: str) -> None:
 
 def test_without_reference_logits_the_weights_tell() -> None:
     kind, text = words(compared({"logits": np.roll(LOGITS, 1, axis=1)}, {}, reference_logits=False))
+    assert kind == "wrong router" and "no closer cause" in text
+    noisy = LOGITS + 0.1 * RANDOM.standard_normal((T, E)).astype(np.float32)
+    kind, text = words(compared({"logits": noisy}, {}, reference_logits=False))
     assert kind == "wrong router" and "probably the router's logits" in text
     biased = {"score": "sigmoid", "bias": BIAS, "biased": 1}
     kind, text = words(compared({"score": "sigmoid"}, biased, reference_logits=False))
