@@ -31,14 +31,14 @@ LEVELS: dict[str, str] = {
 _OUTPUT = "largest error of an element, relative to max(1, |reference| max)"
 _OUTPUT_RMS = "root mean square error, relative to max(1, |reference| max)"
 
-_FLOAT32 = "float32 against float64 is itself off by 2e-6 to 4e-6; other summation orders double that"
+_FLOAT32 = "rounding to float32 (2^-24) per operation, other orders of summation, added up over the layers"
 _FLOAT16 = "one rounding to float16 (2^-11) per operation, added up over the layers"
 _BFLOAT16 = (
     "one rounding of weights or activations to bfloat16 (2^-8) per operation, added up over the layers"
 )
 _WHY = {"float32": _FLOAT32, "float16": _FLOAT16, "bfloat16": _BFLOAT16}
 _EXACT = "float32 routes like its source except where a tie is proven"
-_EVEN = "rounding spreads over all tokens, 33 times the median at most where measured; a mistake does not"
+_EVEN = "rounding spreads over all tokens; a mistake that touches few of them does not"
 _FLIPS = "a token between two experts may go either way after rounding; more than this is not rounding"
 
 _DEFAULTS: dict[str, dict[str, float]] = {
