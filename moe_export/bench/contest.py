@@ -58,7 +58,7 @@ class Contest:
         self.load = LoadMeter(self.pids)
         self._folder = tempfile.TemporaryDirectory(prefix="moe-export-bench-")
         self.folder = Path(self._folder.name)
-        self._check_inputs = self.folder / "check.npz"
+        self.check_inputs = self.folder / "check.npz"
 
     def __enter__(self) -> Contest:
         return self
@@ -112,7 +112,7 @@ class Contest:
                         f"(hash {other[:12]}…, the bundle's is {source_hash[:12]}…)"
                     )
                 output = self.folder / f"check-{name}.npz"
-                first = seat.call("check", first_seconds, inputs=str(self._check_inputs), output=str(output))
+                first = seat.call("check", first_seconds, inputs=str(self.check_inputs), output=str(output))
         except (NotPossible, Failed, MoeExportError) as error:
             if seat is not None:
                 seat.close()

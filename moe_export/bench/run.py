@@ -12,19 +12,19 @@ from typing import Any
 from ..errors import UsageError, choices_text
 from ..progress import NullProgress, Progress
 from .contest import Contest, WorkloadFiles
-from .contestants import BASELINES, COMPILE, ENGINE_TITLE, EXPORT, EXPORT_FUSED, EXPORTER, make_runner
+from .contestants import BASELINES, COMPILE, ENGINE_TITLE, EXPORT
+from .entrants import Entrants
 from .grid import Grid, Workload, make_grid
 from .inputs import InputMaker
 from .machine import Machine, describe_machine
-from .process import Failed, LocalSeat, ProcessSeat, Seat
-from .result import EAGER, ENGINE, BenchReport, Row, make_ratios
+from .process import ProcessSeat
+from .result import ENGINE, BenchReport, Row, make_ratios
 from .routing import ROUTINGS, force_all, imbalance
-from .runner import CHECK_STEPS, NotPossible, read_arrays, write_routing
+from .runner import CHECK_STEPS, read_arrays, write_routing
 from .source import BaselineSource, find_source
 
-EXPORT_SECONDS = 1800.0
+ROUTING_SECONDS = 1800.0
 CHECK_TOKENS = 12
-SPARE_BYTES = 512 << 20
 
 
 def bench_bundle(
@@ -91,8 +91,9 @@ def bench_bundle(
             lambda: ProcessSeat({"kind": ENGINE, "bundle": str(opened.path), "threads": threads}, threads),
         )
         found = find_source(manifest, source, contest.folder / "source")
-        entrants = _Entrants(contest, found, manifest.task, threads, bool(manifest.io.cache_inputs))
-        entrants.enter(names, manifest.parameters.get("total", 0) * 4)
+        cached = bool(manifest.io.cache_inputs)
+        with Entrants(contest, found, manifest.task, threads, cached) as entrants:
+            entrants.enter(names, manifest.parameters.get("total", 0) * 4)
         contest.judge()
         rows = _measure(contest, grid, maker, manifest, decode_tokens, rounds, warmup, seed)
         wrong = frozenset(e.info.name for e in contest.entries if e.info.sanity.ok is False)
@@ -136,90 +137,6 @@ def _within(workload: Workload, most: int | None) -> Workload:
     return dataclasses.replace(workload, sequence=max(1, most - CHECK_STEPS))
 
 
-class _Entrants:
-    """Brings the baselines in, one after another."""
-
-    def __init__(
-        self, contest: Contest, source: BaselineSource, task: str, threads: int, cached: bool
-    ) -> None:
-        self._contest = contest
-        self._source = source
-        self._task = task
-        self._threads = threads
-        self._cached = cached
-
-    def enter(self, names: Sequence[str], model_bytes: int) -> None:
-        """``model_bytes``: size of the weights in float32."""
-        exported: dict[str, Any] | str | None = None
-        for name in names:
-            reason = self._cannot(name, model_bytes)
-            if reason:
-                self._contest.skip(name, reason)
-                continue
-            if name in (EXPORT, EXPORT_FUSED):
-                exported = exported if exported is not None else self._export()
-                if isinstance(exported, str):
-                    self._contest.skip(name, exported)
-                    continue
-                seconds = exported["plain_seconds" if name == EXPORT else "seconds"]
-                spec = {"folder": str(self._contest.folder / "export"), "threads": self._threads}
-                self._enter(name, spec, prepare_s=seconds)
-            else:
-                self._enter(name, self._model_spec(), source_hash=self._source.hash)
-
-    def _cannot(self, name: str, model_bytes: int) -> str:
-        """Why a baseline cannot even be tried; empty when it can."""
-        if self._source.reason:
-            return self._source.reason
-        if self._source.module is not None and name != EAGER:
-            return "the source is a live module, which only PyTorch eager runs without writing it to files"
-        import psutil
-
-        need = int(BASELINES[name].needs * model_bytes) + SPARE_BYTES
-        free = int(psutil.virtual_memory().available)
-        if need > free:
-            return f"it needs about {need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"
-        return ""
-
-    def _model_spec(self) -> dict[str, Any]:
-        return {"source": self._source.path, "task": self._task, "threads": self._threads}
-
-    def _enter(
-        self, name: str, spec: dict[str, Any], source_hash: str | None = None, prepare_s: float | None = None
-    ) -> None:
-        def seat() -> Seat:
-            if self._source.module is not None:
-                return LocalSeat(make_runner({"kind": name, **spec, "source": self._source.module}))
-            return ProcessSeat({"kind": name, **spec}, self._threads)
-
-        baseline = BASELINES[name]
-        self._contest.enter(
-            name,
-            baseline.title,
-            seat,
-            first_seconds=baseline.first_seconds,
-            source_hash=source_hash,
-            prepare_s=prepare_s,
-        )
-
-    def _export(self) -> dict[str, Any] | str:
-        """Export once for both contestants; what the exporter answered, or why it could not."""
-        spec = {
-            "kind": EXPORTER,
-            **self._model_spec(),
-            "folder": str(self._contest.folder / "export"),
-            "cached": self._cached,
-        }
-        with self._contest.progress.stage("export with transformers"):
-            seat = ProcessSeat(spec, self._threads)
-            try:
-                return seat.call("load", EXPORT_SECONDS)
-            except (NotPossible, Failed) as error:
-                return f"transformers' exporter: {error}"
-            finally:
-                seat.close()
-
-
 def _measure(
     contest: Contest,
     grid: Grid,
@@ -244,7 +161,7 @@ def _measure(
     for workload in (w for w in real if manifest.moe_layers and w.phase != "decode"):
         output = contest.folder / "routing.npz"
         answer = contest.engine().seat.call(
-            "routing", EXPORT_SECONDS, inputs=str(files[workload]), output=str(output)
+            "routing", ROUTING_SECONDS, inputs=str(files[workload]), output=str(output)
         )
         if answer["layers"] == len(experts):
             traced = read_arrays(output)
@@ -273,6 +190,11 @@ def _notes(contest: Contest, maker: InputMaker, source: BaselineSource) -> tuple
         notes.append("the run was too short to see what other processes used")
     if source.module is not None:
         notes.append("PyTorch eager ran in the caller's process, so its memory is not known")
+    running = {entry.info.name for entry in contest.entries}
+    if {COMPILE, EXPORT} <= running:
+        notes.append(
+            "torch.compile and transformers' exporter got ready side by side; alone each is faster at it"
+        )
     if any(s.contestant == COMPILE and not s.workload for s in contest.skipped):
         notes.append("torch.compile was skipped: the best alternative may be faster than the one shown")
     return tuple(notes)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..progress import NullProgress
 from .memory import reset_peak
-from .runner import NotPossible, Runner
+from .runner import NotPossible, Runner, read_arrays
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,8 +44,10 @@ class TorchRunner(Runner):
     """PyTorch eager with the model's default settings, in float32. All tokens are real, so no mask is
     passed."""
 
-    def __init__(self, source: Any, task: str, threads: int) -> None:
+    def __init__(self, source: Any, task: str, threads: int, sample: str | None = None) -> None:
+        """``sample``: an ``.npz`` file of sample inputs, which a live module of one's own needs."""
         self._source = source
+        self._sample = sample
         self._task = task
         self._threads = threads
         self._loaded: LoadedSource | None = None
@@ -74,7 +76,10 @@ class TorchRunner(Runner):
         timer = LoadTimer()
         start = time.perf_counter()
         task = None if self._task == "module" else self._task
-        self._loaded = load_source(self._source, task=task, progress=timer)
+        inputs = None
+        if self._sample is not None:
+            inputs = {name: torch.from_numpy(array) for name, array in read_arrays(self._sample).items()}
+        self._loaded = load_source(self._source, task=task, inputs=inputs, progress=timer)
         seconds = time.perf_counter() - start
         self._call = self._loaded.module
         return {"seconds": timer.seconds or seconds, "source_hash": self._loaded.info.hash}

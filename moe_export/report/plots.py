@@ -27,10 +27,11 @@ _NAMESPACE = re.compile(r'\sxmlns(:\w+)?="[^"]*"')
 def speed_plots(bench: BenchReport) -> list[tuple[str, str, str]]:
     """(title, what it shows, SVG) of every plot that the measurements allow."""
     plots = []
-    real = [r for r in bench.ratios if r.routing == "real"]
     names = [c.name for c in bench.contestants]
     others = [n for n in names if n != ENGINE]
     rows = {(workload_text(r), r.contestant): r for r in bench.rows}
+    measured = [r for r in bench.ratios if (workload_text(r), ENGINE) in rows]
+    real = [r for r in measured if r.routing == "real"]
     if real and others:
         plots.append((
             "Time relative to the engine",
@@ -43,12 +44,12 @@ def speed_plots(bench: BenchReport) -> list[tuple[str, str, str]]:
             "Dot: median. Line: from the fastest run to the 95th percentile.",
             _draw(lambda: _latency(real, rows, names)),
         ))  # fmt: skip
-    skewed = [r for r in bench.ratios if r.routing != "real"]
+    skewed = [r for r in measured if r.routing != "real"]
     if skewed:
         plots.append((
             "Routing skew",
             "Median time for the same tokens, the experts' load forced from balanced to all on the same.",
-            _draw(lambda: _skew(bench.ratios, skewed, rows, names)),
+            _draw(lambda: _skew(measured, skewed, rows, names)),
         ))  # fmt: skip
     return plots
 

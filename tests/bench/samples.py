@@ -51,7 +51,9 @@ def make_bench(**changes: Any) -> BenchReport:
             row("pytorch-eager", "prefill", ms * 8, sequence=512, routing=routing),
         ]
     contestants = [
-        Contestant(name, f"the {name}", Sanity(True, 1e-6, 1e-3), load_s=0.5, first_run_s=0.1, peak_rss=1 << 27)
+        Contestant(
+            name, f"the {name}", Sanity(True, 1e-6, 1e-3), load_s=0.5, first_run_s=0.1, peak_rss=1 << 27
+        )
         for name in NAMES
     ]
     wrong = Sanity(False, 2.5, 1e-3, "largest error 2.5 against eager, allowed 0.001")

@@ -26,7 +26,7 @@ def test_the_machine_is_described() -> None:
 
 
 def test_own_processes_are_not_foreign() -> None:
-    """A busy process counts as foreign exactly when it is not one of ours. Both meters watch the same second."""
+    """A busy process is foreign exactly when it is not one of ours. Both meters watch the same second."""
     process = subprocess.Popen([sys.executable, "-c", BURN])
     try:
         ours, theirs = LoadMeter(lambda: [os.getpid(), process.pid]), LoadMeter(lambda: [os.getpid()])
