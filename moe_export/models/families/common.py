@@ -25,4 +25,4 @@ def mla(**overrides: Any) -> dict[str, Any]:
 
 def indexed(**overrides: Any) -> dict[str, Any]:
     """:func:`mla` with DeepSeek's sparse attention: an indexer keeps fewer keys than tests give."""
-    return mla(index_topk=6, index_head_dim=16, index_n_heads=2) | overrides
+    return mla(index_topk=6, index_head_dim=16, index_n_heads=8) | overrides
