@@ -1,4 +1,4 @@
-"""JUnit XML, as CI systems read it: one suite per case, one test per level and subject."""
+"""JUnit XML, as CI systems read it: one suite per case, one test per level."""
 
 from __future__ import annotations
 
@@ -59,15 +59,15 @@ def _case(case: CaseResult, report: ParityReport) -> ElementTree.Element:
         ElementTree.SubElement(test, "error", message=_clean(case.error), type="error").text = _clean(
             case.error
         )
-    for check in case.checks:
-        test = ElementTree.SubElement(
-            suite, "testcase", classname=class_name, name=_clean(f"{check.level}: {check.subject}"), time="0"
-        )
-        if not check.judged:
-            ElementTree.SubElement(test, "skipped", message=_clean(f"not judged: {check.reason}"))
-        elif not check.passed:
-            text = _clean(check_text(check))
-            ElementTree.SubElement(test, "failure", message=text, type=check.level).text = text
+    for level in dict.fromkeys(c.level for c in case.checks):
+        checks = [c for c in case.checks if c.level == level]
+        test = ElementTree.SubElement(suite, "testcase", classname=class_name, name=_clean(level), time="0")
+        failing = [check_text(c) for c in checks if c.judged and not c.passed]
+        if failing:
+            failure = ElementTree.SubElement(test, "failure", message=_clean(failing[0]), type=level)
+            failure.text = _clean("\n".join(failing))
+        elif not any(c.judged for c in checks):
+            ElementTree.SubElement(test, "skipped", message=_clean(f"not judged: {checks[0].reason}"))
     _count(suite)
     return suite
 

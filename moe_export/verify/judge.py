@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from .inputs import Case, valid_masks
 from .layer_checks import broken_layer, layer_checks
 from .layers import LayerComparison, compare_layers
 from .output_checks import output_checks
-from .result import CaseResult
+from .result import CaseResult, Check
 from .tolerance import Tolerances
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def judge(
         inputs={k: tuple(int(d) for d in v.shape) for k, v in case.inputs.items()},
         seed=case.seed,
         chunks=case.chunks,
-        checks=tuple(checks),
+        checks=fold(checks),
         outputs=outputs,
         logits=logit_error,
         layers=tuple(layers),
@@ -121,6 +122,26 @@ def judge_plain(
             logits=logits,
         ),
     )
+
+
+def fold(checks: Sequence[Check]) -> tuple[Check, ...]:
+    """Every failing check, and of each level that has none the nearest to its limit (over all layers).
+
+    What is not judged is folded in the same way. All numbers of all layers stay in the case's layer results.
+    """
+    groups: dict[tuple[str, bool], list[Check]] = {}
+    for check in checks:
+        groups.setdefault((check.level, check.judged), []).append(check)
+    out: list[Check] = []
+    for (_level, judged), group in groups.items():
+        failing = [c for c in group if not c.passed]
+        if failing and judged:
+            out += failing
+            continue
+        worst = max(group, key=lambda c: math.inf if c.value is None else c.value / max(c.limit, 1e-300))
+        detail = f"worst of {len(group)}: {worst.detail}" if len(group) > 1 else worst.detail
+        out.append(dataclasses.replace(worst, detail=detail))
+    return tuple(out)
 
 
 def _excuse(forced: bool, tie: bool, has_moe: bool, tolerances: Tolerances) -> str:

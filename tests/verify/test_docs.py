@@ -27,7 +27,8 @@ class Guard(importlib.abc.MetaPathFinder):
         raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Guard())
-sys.argv = ["moe-export", "verify", {bundle!r}, "--against", {golden!r}, "--output", {out!r}, "--threads", "1"]
+sys.argv = ["moe-export", "verify", {bundle!r}, "--threads", "1"]
+sys.argv += ["--against", {golden!r}, "--output", {out!r}]
 from moe_export.cli.main import run
 run()
 """

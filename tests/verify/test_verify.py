@@ -16,9 +16,9 @@ import pytest
 from moe_export.bundle.manifest import read_manifest
 from moe_export.errors import UsageError
 from moe_export.trace import TracedRun
-from moe_export.verify import ParityReport, verify_bundle, write_reports
+from moe_export.verify import Check, ParityReport, verify_bundle, write_reports
 from moe_export.verify.inputs import make_cases
-from moe_export.verify.judge import judge, judge_plain
+from moe_export.verify.judge import fold, judge, judge_plain
 from moe_export.verify.localise import localise
 from moe_export.verify.tolerance import default_tolerances
 from tests.helpers.tiny_bundle import TinyReference, make_tiny_bundle, write_manifest
@@ -225,6 +225,29 @@ def test_a_wrong_shape_is_named(judged: Any, field: str) -> None:
     assert finding.kind == "shape" and field in finding.message and "[39, 1]" in finding.message
 
 
+def test_folding_keeps_every_failure_and_the_worst_of_the_rest() -> None:
+    def check(
+        level: str, subject: str, value: float | None, *, passed: bool = True, judged: bool = True
+    ) -> Check:
+        return Check(level, subject, value, 1.0, passed, "because", judged, f"at {subject}")
+
+    checks = [
+        check("a", "0", 0.1),
+        check("a", "1", 0.7),
+        check("a", "2", 0.3),
+        check("b", "0", 0.1),
+        check("b", "1", 2.0, passed=False),
+        check("b", "2", None, passed=False),
+        check("c", "0", 5.0, passed=False, judged=False),
+        check("c", "1", 9.0, passed=False, judged=False),
+        check("d", "0", 0.5),
+        check("d", "1", 3.0, passed=False, judged=False),
+    ]
+    kept = [(c.level, c.subject) for c in fold(checks)]
+    assert kept == [("a", "1"), ("b", "1"), ("b", "2"), ("c", "1"), ("d", "0"), ("d", "1")]
+    assert fold(checks)[0].detail == "worst of 3: at 1"
+
+
 def test_report_survives_json(failing: ParityReport) -> None:
     data = json.loads(json.dumps(failing.to_dict(), allow_nan=False))
     assert ParityReport.from_dict(data) == failing
@@ -250,10 +273,10 @@ def test_written_reports(failing: ParityReport, tmp_path: Path) -> None:
 
     root = ElementTree.parse(paths["parity.junit.xml"]).getroot()
     failures = root.findall("./testsuite/testcase/failure")
-    judged = [k for c in failing.cases for k in c.checks if k.judged]
-    assert int(root.get("tests", "0")) == sum(len(c.checks) for c in failing.cases) + len(failing.findings)
-    assert len(failures) == int(root.get("failures", "0"))
-    assert len(failures) == sum(not k.passed for k in judged) + len(failing.findings)
+    levels = [(c.name, c.mode, k.level) for c in failing.cases for k in c.checks]
+    broken = {(c.name, c.mode, k.level) for c in failing.cases for k in c.failures}
+    assert int(root.get("tests", "0")) == len(set(levels)) + len(failing.findings)
+    assert len(failures) == int(root.get("failures", "0")) == len(broken) + len(failing.findings)
     weights = next(f for f in failures if f.get("type") == "moe.weights")
     text = weights.text or ""
     assert "batch" in text and "reference" in text and "limit 0.0001" in text and "summation" in text
