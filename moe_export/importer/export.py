@@ -127,9 +127,11 @@ def _check_experts_traced(model: nn.Module, graph: ir.Model) -> None:
     """As many MoE layers in the graph as the model ran: none was traced past the hook."""
     from ..models.adapters import spec_of
     from ..models.experts import is_experts_module
+    from ..models.library_blocks import library_blocks
     from ..ops import DOMAIN
 
     expected = sum(1 for m in model.modules() if is_experts_module(m) or spec_of(m) is not None)
+    expected += len(library_blocks(model))
     found = sum(1 for n in graph.graph if n.domain == DOMAIN and n.op_type == "Dispatch")
     if found < expected:
         raise ExportError(

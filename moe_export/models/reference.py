@@ -11,6 +11,7 @@ from ..schema import Manifest
 from ..trace import LayerTrace, TracedRun
 from .adapters import MoEBlockSpec, spec_of
 from .experts import LAYER_ATTRIBUTE, is_experts_module
+from .library_blocks import Routed, library_blocks_watched
 
 if TYPE_CHECKING:
     import numpy as np
@@ -110,8 +111,13 @@ def watching(model: nn.Module) -> Iterator[_Recorder]:
         ALL_EXPERTS_FUNCTIONS.register(WATCH_NAME, _watch_experts(recorder))
         before = model.get_experts_implementation()  # type: ignore[operator]
         model.set_experts_implementation(WATCH_NAME)  # type: ignore[operator]
+
+    def add_block(name: str, routed: Routed) -> None:
+        recorder.add(name, routed.hidden, routed.expert_ids, routed.weights, routed.output)
+
     try:
-        yield recorder
+        with library_blocks_watched(model, add_block):
+            yield recorder
     finally:
         for handle in handles:
             handle.remove()
