@@ -82,10 +82,20 @@ class Generator:
         masked = any(spec.role == "mask" for spec in self._io.inputs)
         if not masked and len({len(tokens) for tokens in prompts}) > 1:
             raise InputError("this engine has no attention mask, so prompts of a batch must have one length")
-        start = pad(prompts, self._filler(), left=True)
+        return self.stepper(len(prompts)), pad(prompts, self._filler(), left=True)
+
+    def stepper(self, batch: int) -> Stepper:
+        """A stepper for ``batch`` sequences of a decoder, at their beginning.
+
+        Raises:
+            InputError: the batch is beyond the limit, or the engine is no decoder that token ids suffice for.
+        """
+        check_batch(batch, self._limits)
+        if DECODER_IDS in {spec.name for spec in self._io.inputs}:
+            raise InputError("an encoder-decoder has no stepper; use generate() or run()")
         if self._io.cache_inputs:
-            return CachedStepper(self._engine, self._io, self._limits, len(prompts)), start
-        return ReplayStepper(self._engine, self._io, self._checker), start
+            return CachedStepper(self._engine, self._io, self._limits, batch)
+        return ReplayStepper(self._engine, self._io, self._checker)
 
     def _encoder_decoder(self, prompts: list[list[int]]) -> tuple[Stepper, tuple[Ints, Ints]]:
         if self._text.decoder_start_token_id is None:

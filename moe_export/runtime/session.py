@@ -22,7 +22,7 @@ from moe_export.runtime.generation import Generation, Request, StreamEvent
 from moe_export.runtime.generator import Generator
 from moe_export.runtime.inputs import InputChecker
 from moe_export.runtime.prompts import Prompt
-from moe_export.runtime.stepping import LOGITS
+from moe_export.runtime.stepping import LOGITS, Stepper
 from moe_export.runtime.text import load_tokenizer
 from moe_export.runtime.traced import TracedEngines
 from moe_export.schema import Manifest, ModelIO, TextInfo
@@ -236,6 +236,16 @@ class Session:
         taken."""
         request = Request.make(max_new_tokens, temperature, top_k, top_p, stop, seed)
         return self._generator().prepare(prompt, request, self._check_open)[0].events()
+
+    def stepper(self, batch: int = 1) -> Stepper:
+        """For sampling of your own: feed token ids step by step and get logits; the KV cache stays inside.
+
+        One thread uses a stepper; any number of steppers may be in use.
+
+        Raises:
+            InputError: the batch is beyond the limit, or the engine is no decoder that token ids suffice for.
+        """
+        return self._generator().stepper(batch)
 
     @cached_property
     def _tokenizer(self) -> Tokenizer | None:

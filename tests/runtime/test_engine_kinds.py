@@ -146,6 +146,8 @@ def test_encoder_decoder_generates_from_its_start_token(tmp_path: Path) -> None:
         assert result.finish_reasons == ["eos", "length"]
         assert result.prompt_tokens == 8
         assert "no KV cache" in session.notes[0]
+        with pytest.raises(InputError, match="encoder-decoder has no stepper"):
+            session.stepper()
         with pytest.raises(InputError, match="sequence of 33 tokens is beyond the bundle's maximum 32"):
             session.generate([[1] * 33])
     with load(_encoder_decoder(tmp_path / "short", 2, most=5), threads=1) as session:

@@ -32,6 +32,19 @@ def test_greedy_equals_the_reference(tiny: Session) -> None:
     assert result.texts == [tiny.tokenizer.decode(result.token_ids[0])]  # type: ignore[union-attr]
 
 
+def test_a_stepper_gives_the_logits_of_a_run(tiny: Session, tmp_path: Path) -> None:
+    ids, one = np.array([list(b"hello")]), np.ones((1, 5), np.int64)
+    want = tiny.run({"input_ids": ids})["logits"]
+    with load(make_tiny_bundle(tmp_path / "b", cache=False), threads=1) as uncached:
+        for session in (tiny, uncached):
+            stepper = session.stepper()
+            cuts = ((0, 3), (3, 4), (4, 5))
+            pieces = [stepper.feed(ids[:, a:b], one[:, a:b])["logits"].copy() for a, b in cuts]
+            np.testing.assert_allclose(np.concatenate(pieces, axis=1), want, atol=2e-5)
+    with pytest.raises(InputError, match="batch of 9"):
+        tiny.stepper(9)
+
+
 def test_left_padding_does_not_change_a_sequence(tiny: Session) -> None:
     prompts = ["x", "hello", "a longer prompt"]
     alone = [tiny.generate(prompt, max_new_tokens=12).token_ids[0] for prompt in prompts]
