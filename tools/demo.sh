@@ -6,6 +6,7 @@ cd "$(dirname "$0")/.."
 
 model=examples/byte-mixtral
 bundle=${1:-out/demo}
+mkdir -p "$(dirname "$bundle")"
 
 run() {
     printf '\n$ %s\n' "$*"
