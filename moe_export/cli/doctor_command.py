@@ -59,9 +59,13 @@ def _text(environment: Environment) -> str:
     ]
     lines += ["", table(("package", "version", "used for", "what to do"), rows), ""]
     target_rows = [
-        (t.name, "available" if t.available else "lacks something", "; ".join(t.lacks) or t.description)
+        (
+            t.name,
+            "available" if t.available else "runs engines only" if t.runs else "missing",
+            "; ".join(t.lacks),
+        )
         for t in environment.targets
     ]
-    lines.append(table(("target", "status", ""), target_rows))
+    lines.append(table(("target", "status", "lacks"), target_rows))
     lines += [f"warning: {text}" for text in environment.warnings]
     return "\n".join(lines)

@@ -78,6 +78,7 @@ def targets(as_json: bool) -> None:
         {
             "name": name,
             "available": statuses[name].available,
+            "runs": statuses[name].runs,
             "lacks": list(statuses[name].lacks),
             "summary": backend.summary,
             "passes": [p.name for p in PIPELINES[name]],

@@ -36,8 +36,10 @@ class TargetStatus:
 
     name: str
     available: bool
+    """Engines can be built and run."""
+    runs: bool
+    """Engines that were built elsewhere can be run."""
     lacks: tuple[str, ...]
-    description: str
 
 
 @dataclass(frozen=True)
@@ -78,21 +80,20 @@ _PACKAGES = (
     _Known("onnxscript", ("onnxscript",), "export from torch", "pip install onnxscript"),
     _Known("numpy", ("numpy",), "arrays", "pip install numpy"),
     _Known("ml_dtypes", ("ml_dtypes",), "bfloat16 arrays", "pip install ml_dtypes"),
+    _Known("psutil", ("psutil",), "cores, memory", "pip install psutil"),
+    _Known("filelock", ("filelock",), "one writer per output", "pip install filelock"),
     _Known("safetensors", ("safetensors",), "reading weights", "pip install safetensors"),
     _Known("tokenizers", ("tokenizers",), "text in and out", "pip install tokenizers"),
     _Known("jinja2", ("jinja2",), "the HTML report", "pip install jinja2"),
     _Known("matplotlib", ("matplotlib",), "plots", "pip install matplotlib"),
 )
-_TARGET_NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "onnxruntime": (
-        "engines lowered for ONNX Runtime",
-        ("onnxruntime", "torch", "onnx", "onnx_ir", "onnxscript", "numpy", "ml_dtypes", "safetensors"),
-    ),
-    "portable": (
-        "standard ONNX with function bodies, as exported",
-        ("onnxruntime", "torch", "onnx", "onnx_ir", "onnxscript", "numpy", "ml_dtypes", "safetensors"),
-    ),
+_RUN_ONNXRUNTIME = ("onnxruntime", "onnx", "numpy", "ml_dtypes", "psutil")
+_BUILD_ONNX = ("torch", "onnx_ir", "onnxscript", "safetensors", "filelock")
+_TARGET_NEEDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "onnxruntime": (_RUN_ONNXRUNTIME, _BUILD_ONNX),
+    "portable": (_RUN_ONNXRUNTIME, _BUILD_ONNX),
 }
+"""Target → modules that running an engine needs, and those that building one needs besides."""
 
 
 def examine() -> Environment:
@@ -138,13 +139,13 @@ def _package(known: _Known, try_import: bool) -> Package:
 
 
 def _target(name: str, packages: dict[str, Package]) -> TargetStatus:
-    description, needs = _TARGET_NEEDS[name]
+    run, build = _TARGET_NEEDS[name]
     lacks = []
-    for module in needs:
+    for module in (*run, *build):
         package = packages[module]
         if not package.usable:
             lacks.append(f"{package.name} ({package.problem or 'not installed'}): {package.install}")
-    return TargetStatus(name, not lacks, tuple(lacks), description)
+    return TargetStatus(name, not lacks, all(packages[module].usable for module in run), tuple(lacks))
 
 
 def _providers(onnxruntime: Package) -> tuple[str, ...]:

@@ -207,7 +207,7 @@ def test_doctor() -> None:
 def test_doctor_exits_3_when_something_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     from moe_export.inspect import environment
 
-    needs = ("targets that need it", ("no_such_module",))
+    needs = (("no_such_module",), ())
     known = environment._Known(
         "no_such_module", ("no-such-package",), "nothing", "pip install no-such-package"
     )

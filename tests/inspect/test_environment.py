@@ -44,5 +44,9 @@ def test_a_target_says_what_it_lacks_and_how_to_get_it() -> None:
     }
     packages["torch"] = Package("torch", None, "", "pip install torch")
     target = environment._target("onnxruntime", packages)
-    assert not target.available
+    assert (target.available, target.runs) == (False, True)
     assert target.lacks == ("torch (not installed): pip install torch",)
+    packages["onnxruntime"] = Package("onnxruntime", "1.0", "", "pip install onnxruntime", "broken")
+    target = environment._target("onnxruntime", packages)
+    assert (target.available, target.runs) == (False, False)
+    assert target.lacks[0] == "onnxruntime (broken): pip install onnxruntime"
