@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,8 @@ class CacheSlot:
         return tensor
 
 
-_PLAIN = (("key", "keys"), ("value", "values"), ("indexer_key", "indexer_keys"))
+_PLAIN = (("key", "keys"), ("value", "values"), ("indexer_key", "indexer_keys"), ("idx_key", "idx_keys"))
+_CONSTANTS = {"_sliding_window_tensor"}  # a layer keeps them, and they do not depend on the tokens
 _STATES = (("conv", "conv_states"), ("recurrent", "recurrent_states"))
 
 
@@ -56,6 +57,7 @@ def _tensors(cache: Any) -> Iterator[tuple[int, str, str, int | None, torch.Tens
     import torch
 
     for index, layer in enumerate(cache.layers):
+        _refuse_unknown(index, layer)
         for name, attribute in _PLAIN:
             value = getattr(layer, attribute, None)
             if isinstance(value, torch.Tensor) and value.numel():
@@ -64,6 +66,21 @@ def _tensors(cache: Any) -> Iterator[tuple[int, str, str, int | None, torch.Tens
             for state, value in (getattr(layer, attribute, None) or {}).items():
                 if isinstance(value, torch.Tensor):
                     yield index, name if state == 0 else f"{name}{state}", attribute, state, value
+
+
+def _refuse_unknown(index: int, layer: Any) -> None:
+    """A tensor that a layer keeps and we do not hand through would silently be lost between two runs."""
+    import torch
+
+    known = {attribute for _, attribute in (*_PLAIN, *_STATES)} | _CONSTANTS
+    for attribute, value in vars(layer).items():
+        held = value.values() if isinstance(value, dict) else value
+        held = held if isinstance(held, Iterable) and not isinstance(held, torch.Tensor) else (held,)
+        if attribute not in known and any(isinstance(v, torch.Tensor) and v.numel() for v in held):
+            raise UnsupportedModelError(
+                f"cache layer {index} ({type(layer).__name__}) keeps {attribute!r}, which is no known cache "
+                "tensor; export with task feature-extraction instead"
+            )
 
 
 def new_cache(model: PreTrainedModel) -> Any:
@@ -151,4 +168,7 @@ def fill_cache(model: PreTrainedModel, slots: Sequence[CacheSlot], tensors: Sequ
             layer.has_previous_state[slot.state] = True
             if slot.attribute == "conv_states":
                 layer.conv_kernel_size[slot.state] = tensor.shape[-1]
+    for layer in cache.layers:
+        if getattr(layer, "keys", None) is not None and layer.values is None:
+            layer.values = layer.keys[..., :0]  # a family without positional keys caches a zero-width tensor
     return cache
