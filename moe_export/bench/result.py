@@ -14,6 +14,8 @@ BENCH_SCHEMA_VERSION = 1
 ENGINE = "engine"
 EAGER = "pytorch-eager"
 AGAINST = ("eager", "best")
+CLEARLY_SLOWER = 0.95
+"""Below this ratio the engine is called slower; between this and 1 it is a draw."""
 
 
 @dataclass(frozen=True)
@@ -174,12 +176,21 @@ class BenchReport:
         return {
             "vs_eager": {p: _rounded(self.speedup(p, "eager")) for p in phases},
             "vs_best": {p: _rounded(self.speedup(p, "best")) for p in phases},
+            "slower": self.slower(),
             "workloads": len(self._real_ratios(None)),
             "threads": self.machine.threads,
             "noisy": self.machine.noisy or any(r.noisy for r in self.rows),
             "wrong_numbers": [c.name for c in self.contestants if c.sanity.ok is False],
             "skipped": sorted({s.contestant for s in self.skipped if not s.workload}),
         }
+
+    def slower(self) -> list[str]:
+        """Workloads with the model's own routing where another contestant is clearly faster, in words."""
+        return [
+            f"{workload_text(r)}: {r.vs_best:.2f}x against {r.best}"
+            for r in self._real_ratios(None)
+            if r.vs_best is not None and r.vs_best < CLEARLY_SLOWER
+        ]
 
     def require_speedup(self, minimum: float, against: str = "eager") -> None:
         """The gate for CI: every workload with the model's own routing must be at least ``minimum`` times

@@ -66,6 +66,7 @@ def bench_bundle(
         BundleError: the bundle is damaged, or the engine failed.
     """
     from ..backends.onnxruntime.runner import default_threads
+    from ..bundle.label import bundle_label
     from ..bundle.reader import open_bundle
 
     began = time.monotonic()
@@ -98,7 +99,7 @@ def bench_bundle(
         rows = _measure(contest, grid, maker, manifest, decode_tokens, rounds, warmup, seed)
         wrong = frozenset(e.info.name for e in contest.entries if e.info.sanity.ok is False)
         return BenchReport(
-            bundle=opened.path.resolve().name,
+            bundle=bundle_label(opened.path),
             source=found.label,
             source_hash=manifest.source.hash,
             task=manifest.task,

@@ -10,6 +10,10 @@ from .result import ENGINE, BenchReport, Row, Skipped, workload_text
 def format_table(report: BenchReport) -> str:
     """Contestants, times per workload, speed-ups, what was skipped and why, and the machine."""
     parts = [_machine(report), _contestants(report), _times(report), _speedups(report)]
+    if report.slower():
+        parts.append(
+            "The engine is SLOWER than the best alternative:\n" + "\n".join(f"- {s}" for s in report.slower())
+        )
     if report.skipped:
         lines = [f"- {name}: {reason}" for name, reason in group_skipped(report.skipped)]
         parts.append("Not measured:\n" + "\n".join(lines))

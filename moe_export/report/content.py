@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..bench.result import BenchReport
+from ..bundle.label import bundle_label
 from ..errors import UsageError
 from ..schema import Decision, Manifest, from_json, to_json
 from ..verify.result import ParityReport
@@ -70,7 +71,7 @@ def make_report(
         UsageError: a part has another schema or a field of a wrong type; the message names it.
     """
     return Report(
-        bundle=bundle.path.resolve().name,
+        bundle=bundle_label(bundle.path),
         manifest=bundle.manifest,
         size_bytes=_size(bundle),
         parity=None if parity is None else ParityReport.from_dict(parity),

@@ -37,8 +37,18 @@ def test_summary_speaks_of_real_routing() -> None:
     assert summary["vs_eager"] == {"decode": 2.0, "prefill": 2.0}
     assert summary["vs_best"] == {"decode": 1.2, "prefill": 1.2}
     assert summary["workloads"] == 3
+    assert summary["slower"] == []
     assert summary["wrong_numbers"] == ["torch-compile"]
     assert summary["skipped"] == [] and summary["noisy"] is False
+
+
+def test_being_slower_is_said() -> None:
+    rows = (row("engine", "decode", 2.0), row("pytorch-eager", "decode", 1.0))
+    draw = (row("engine", "decode", 1.02), row("pytorch-eager", "decode", 1.0))
+    report = make_bench(rows=rows, ratios=make_ratios(rows, frozenset()))
+    assert report.slower() == ["decode 1x128: 0.50x against pytorch-eager"]
+    assert "SLOWER" in format_table(report)
+    assert make_bench(rows=draw, ratios=make_ratios(draw, frozenset())).slower() == []
 
 
 def test_json_and_back() -> None:
