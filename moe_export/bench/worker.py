@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import sys
+import threading
 from typing import Any
 
 from ..errors import MoeExportError
@@ -17,11 +19,14 @@ from .runner import Host, NotPossible
 
 
 def main(spec_text: str) -> None:
-    """Serve until stdin ends."""
+    """Serve until stdin ends, that is until the benchmark is gone."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    requests: queue.Queue[str] = queue.Queue()
+    threading.Thread(target=_listen, args=(requests,), daemon=True).start()
     host: Host | None = None
-    for line in sys.stdin:
+    while True:
+        line = requests.get()
         try:
             if host is None:
                 from .contestants import make_runner
@@ -32,6 +37,13 @@ def main(spec_text: str) -> None:
             answer = _failure(error)
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+
+
+def _listen(requests: queue.Queue[str]) -> None:
+    """Hand over requests. When stdin ends, end the process at once, even in the middle of a compilation."""
+    for line in sys.stdin:
+        requests.put(line)
+    os._exit(0)
 
 
 def _failure(error: Exception) -> dict[str, Any]:

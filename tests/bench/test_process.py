@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from moe_export.bench.process import Failed, ProcessSeat
@@ -132,6 +136,27 @@ def test_too_long_is_ended(engine: ProcessSeat) -> None:
         engine.call("load", WAIT)
     with pytest.raises(ProcessLookupError):
         os.kill(engine.pid, 0)
+
+
+def test_a_benchmark_that_is_killed_takes_its_processes_along(folder: Path) -> None:
+    code = (
+        "import json, sys, time\n"
+        "from moe_export.bench.process import ProcessSeat\n"
+        "seat = ProcessSeat(json.loads(sys.argv[1]), 1)\n"
+        "seat.call('load', 120.0)\n"
+        "print(seat.pid, flush=True)\n"
+        "time.sleep(120)\n"
+    )
+    spec = json.dumps({"kind": "engine", "bundle": str(folder), "threads": 1})
+    parent = subprocess.Popen([sys.executable, "-c", code, spec], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    worker = psutil.Process(int(parent.stdout.readline()))
+    assert worker.is_running()
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    gone, alive = psutil.wait_procs([worker], timeout=30)
+    assert alive == [] and gone == [worker]
 
 
 def test_closing_ends_the_process_and_may_be_repeated(engine: ProcessSeat) -> None:
