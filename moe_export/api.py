@@ -161,6 +161,8 @@ def _write_engine(
         moe_layers=lowered.moe_layers,
         decisions=lowered.decisions,
         notes=lowered.notes,
+        cache=lowered.cache,
+        rows_apart=lowered.rows_apart,
         text=text,
         parameters={k: int(v) for k, v in parameters.items() if v is not None},
     )

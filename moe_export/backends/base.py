@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..passes.base import PassContext
 from ..passes.pipelines import run_pipeline
@@ -27,6 +27,8 @@ class Lowered:
     moe_layers: tuple[MoELayer, ...]
     decisions: tuple[Decision, ...]
     notes: tuple[str, ...]
+    cache: Literal["growing", "shared"]
+    rows_apart: bool
 
 
 class Backend(ABC):
@@ -54,7 +56,14 @@ class Backend(ABC):
         )
         run_pipeline(self.name, context)
         self._write(context, folder)
-        return Lowered(context.io, context.layers, tuple(context.decisions), tuple(context.notes))
+        return Lowered(
+            context.io,
+            context.layers,
+            tuple(context.decisions),
+            tuple(context.notes),
+            context.cache,
+            context.rows_apart,
+        )
 
     @abstractmethod
     def _write(self, context: PassContext, folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ExportError
 from ..graph.moe_values import find_value
@@ -27,6 +27,8 @@ class PassContext:
     options: Mapping[str, Any] = field(default_factory=dict)
     decisions: list[Decision] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    cache: Literal["growing", "shared"] = "growing"
+    rows_apart: bool = False
 
 
 class Pass(ABC):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from moe_export.runtime.tensors import numpy_dtype, to_ort
+from moe_export.runtime.tensors import numpy_dtype, to_numpy, to_ort
 from moe_export.schema import TensorSpec
 
 if TYPE_CHECKING:
@@ -26,6 +27,10 @@ class CacheBuffers(ABC):
     @abstractmethod
     def outputs(self) -> Sequence[str]:
         """Names of the cache outputs that :meth:`bind` binds."""
+
+    def reserve(self, total: int) -> None:
+        """Before :meth:`bind`: the next run makes the sequence ``total`` tokens long."""
+        return None
 
     @abstractmethod
     def bind(self, binding: ort.IOBinding) -> None:
@@ -68,3 +73,43 @@ class GrowingCache(CacheBuffers):
 
     def advance(self, results: Mapping[str, ort.OrtValue]) -> None:
         self._values = [results[output] for _, output in self._names]
+
+
+class SharedCache(CacheBuffers):
+    """For graphs that append to the cache where it lies: each cache input and its output are one buffer.
+
+    The buffer has room for more tokens than there are; when it is full it is doubled, which copies it once.
+    A step copies nothing.
+    """
+
+    def __init__(self, specs: Sequence[TensorSpec], batch: int, room: int = 64) -> None:
+        """``specs``: the cache inputs, each with its ``pair`` and a ``past`` axis. ``room``: tokens at first."""
+        self._specs = [(spec, str(spec.pair), spec.shape.index("past")) for spec in specs]
+        self._batch = batch
+        self._room = room
+        self._values = [to_ort(self._zeros(spec)) for spec, _, _ in self._specs]
+
+    def _zeros(self, spec: TensorSpec) -> NDArray[Any]:
+        sizes = {"batch": self._batch, "past": self._room}
+        return np.zeros([d if isinstance(d, int) else sizes[d] for d in spec.shape], numpy_dtype(spec.dtype))
+
+    @property
+    def outputs(self) -> Sequence[str]:
+        return [output for _, output, _ in self._specs]
+
+    def reserve(self, total: int) -> None:
+        if total <= self._room:
+            return
+        before, self._room = self._room, max(total, 2 * self._room)
+        for index, (spec, _, axis) in enumerate(self._specs):
+            grown = self._zeros(spec)
+            grown[(slice(None),) * axis + (slice(before),)] = to_numpy(self._values[index])
+            self._values[index] = to_ort(grown)
+
+    def bind(self, binding: ort.IOBinding) -> None:
+        for (spec, output, _), value in zip(self._specs, self._values, strict=True):
+            binding.bind_ortvalue_input(spec.name, value)
+            binding.bind_ortvalue_output(output, value)
+
+    def advance(self, results: Mapping[str, ort.OrtValue]) -> None:
+        return None

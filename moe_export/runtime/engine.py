@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from moe_export.backends.onnxruntime.runner import one_line, ort_error_types
@@ -19,9 +20,22 @@ Array = NDArray[Any]
 
 
 class Engine:
-    """Runs a session. ``outputs`` are the names :meth:`run` returns, in order."""
+    """Runs a session. ``outputs`` are the names :meth:`run` returns, in order.
 
-    def __init__(self, session: ort.InferenceSession, label: str, outputs: Sequence[str]) -> None:
+    ``shared_cache``: see :attr:`Manifest.cache`. ``rows_apart``: see :attr:`Manifest.rows_apart`.
+    """
+
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        label: str,
+        outputs: Sequence[str],
+        *,
+        shared_cache: bool = False,
+        rows_apart: bool = False,
+    ) -> None:
+        self.shared_cache = shared_cache
+        self.rows_apart = rows_apart
         self._session = session
         self._label = label
         self._errors = ort_error_types()
@@ -36,6 +50,11 @@ class Engine:
         Raises:
             BundleError: ONNX Runtime failed.
         """
+        if self.rows_apart:
+            rows = split_rows(feeds)
+            if rows is not None:
+                parts = [self.run(row) for row in rows]
+                return {name: np.concatenate([part[name] for part in parts]) for name in self.outputs}
         names = list(self.outputs)
         try:
             if not self._needs_values:
@@ -63,6 +82,23 @@ class Engine:
 
     def _failure(self, error: BaseException) -> BundleError:
         return BundleError(f"{self._label}: the run failed: {one_line(error)}")
+
+
+def split_rows(feeds: dict[str, Array]) -> list[dict[str, Array]] | None:
+    """One feed per sequence where a batch gets several new tokens after a past; None where it does not.
+
+    Every input begins with the batch, or (forced routing) with batch times new tokens.
+    """
+    ids = feeds.get("input_ids")
+    past = next((array.shape[2] for name, array in feeds.items() if name.startswith("past.")), 0)
+    if ids is None or not past or len(ids) < 2 or ids.shape[1] < 2:
+        return None
+    batch = len(ids)
+    sizes = {name: len(array) // batch for name, array in feeds.items()}
+    return [
+        {name: array[row * sizes[name] : (row + 1) * sizes[name]] for name, array in feeds.items()}
+        for row in range(batch)
+    ]
 
 
 def check_declared(session: ort.InferenceSession, io: ModelIO, label: str) -> None:

@@ -82,7 +82,13 @@ class Session:
         names = [spec.name for spec in manifest.io.outputs]
         vocabulary = manifest.text.vocab_size if manifest.text is not None else None
         self._checker = InputChecker(manifest.io, manifest.limits, vocabulary)
-        plain = Engine(session, str(model), names)
+        plain = Engine(
+            session,
+            str(model),
+            names,
+            shared_cache=manifest.cache == "shared",
+            rows_apart=manifest.rows_apart,
+        )
         traced = TracedEngines(plain, model, manifest, threads)
         self._engines: tuple[Engine, TracedEngines] | None = (plain, traced)
         self.notes: tuple[str, ...] = tuple(self._find_notes())

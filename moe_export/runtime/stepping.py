@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_export.errors import InputError
-from moe_export.runtime.cache import GrowingCache
+from moe_export.runtime.cache import CacheBuffers, GrowingCache, SharedCache
 from moe_export.runtime.engine import Engine
 from moe_export.runtime.inputs import InputChecker, check_sequence
 from moe_export.runtime.tensors import numpy_dtype, to_numpy, to_ort
@@ -59,7 +59,8 @@ class CachedStepper(Stepper):
         self._limits = limits
         self._batch = batch
         self._binding = engine.binding()
-        self._cache = GrowingCache(io.cache_inputs, batch)
+        kind = SharedCache if engine.shared_cache else GrowingCache
+        self._cache: CacheBuffers = kind(io.cache_inputs, batch)
         roles: dict[str, TensorSpec] = {spec.role: spec for spec in io.inputs if spec.role != "cache"}
         self._ids, self._mask, self._positions = (roles.get(r) for r in ("token_ids", "mask", "positions"))
         shapes = {spec.name: spec.shape for spec in io.outputs}
@@ -76,6 +77,8 @@ class CachedStepper(Stepper):
 
     def feed(self, ids: Ints, mask: Ints) -> dict[str, Array]:
         new = ids.shape[1]
+        if self._engine.rows_apart and self._batch > 1 and new > 1 and self._past:
+            return self._feed_one_by_one(ids, mask)
         total = self._past + new
         check_sequence(total, self._past, self._limits)
         if new != self._new:
@@ -87,6 +90,7 @@ class CachedStepper(Stepper):
             counts = self._counts + (mask if new == 1 else np.cumsum(mask, axis=1))
             self._positions_buffer[...] = np.maximum(counts - 1, 0)
             self._counts = counts[:, -1:]
+        self._cache.reserve(total)
         self._cache.bind(self._binding)
         for name in self._growing:
             self._binding.bind_output(name)
@@ -98,6 +102,25 @@ class CachedStepper(Stepper):
         self._cache.advance(results)
         self._past = total
         return {name: to_numpy(results[name]) for name in self._wanted}
+
+    def _feed_one_by_one(self, ids: Ints, mask: Ints) -> dict[str, Array]:
+        """The same as one step of several tokens, for engines that take several only for one sequence."""
+        new = ids.shape[1]
+        check_sequence(self._past + new, self._past, self._limits)
+        steps = []
+        for column in range(new):
+            part = slice(column, column + 1)
+            results = self.feed(ids[:, part], mask[:, part])
+            steps.append({name: array.copy() for name, array in results.items()})
+        joined = {}
+        for name in self._wanted:
+            if name == LOGITS:
+                joined[name] = np.concatenate([step[name] for step in steps], axis=1)
+            else:
+                # Traces are [batch * new, ...]: batch first, then the tokens.
+                stacked = np.stack([step[name] for step in steps], axis=1)
+                joined[name] = stacked.reshape(-1, *stacked.shape[2:])
+        return joined
 
     def _allocate(self, new: int) -> None:
         """Bind ids, positions and logits for ``new`` tokens per step; good until the number changes."""

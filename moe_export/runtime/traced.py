@@ -91,5 +91,12 @@ class TracedEngines:
                 )
                 dtypes = {value.name: instrument.dtype_of(value.type) for value in session.get_inputs()}
                 outputs = [value.name for value in session.get_outputs()]
-                self._loaded[forced] = Engine(session, label, outputs), dtypes
+                engine = Engine(
+                    session,
+                    label,
+                    outputs,
+                    shared_cache=self._plain.shared_cache,
+                    rows_apart=self._plain.rows_apart,
+                )
+                self._loaded[forced] = engine, dtypes
             return self._loaded[forced]
