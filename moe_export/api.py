@@ -127,7 +127,7 @@ def _raise_if_failed(bundle: Bundle) -> None:
     if isinstance(parity, dict) and parity.get("passed") is False:
         raise CheckFailed(
             f"{bundle.path}: parity with the source failed; the bundle is written for you to look at, see "
-            f"{bundle.path / 'report.html'} or run: moe-export verify {bundle.path}"
+            f"{bundle.path / 'evidence' / 'report.html'} or run: moe-export verify {bundle.path}"
         )
 
 

@@ -15,6 +15,7 @@ run() {
 
 run moe-export build "$model" -o "$bundle" --overwrite
 run moe-export verify "$bundle"
-run moe-export run "$bundle" --prompt 'def read_lines(path):' --max-new-tokens 160
+run moe-export run "$bundle" --max-new-tokens 160 --temperature 0.8 --seed 7 \
+    --prompt $'class Reader:\n    def __init__(self, path):\n        self.path = path\n        self.'
 
 printf '\nThe whole report: %s\n' "$bundle/evidence/report.html"
