@@ -115,7 +115,7 @@ def build(
     ) as writer:
         manifest = _write_engine(loaded, config, writer, progress)
         manifest = dataclasses.replace(manifest, evidence={**manifest.evidence, "cache_key": key})
-        manifest = _gather_evidence(loaded, config, writer, manifest, progress)
+        manifest = _gather_evidence(loaded, config, writer, manifest, output, progress)
         writer.commit(manifest)
     bundle = open_bundle(output, trust=True)
     _raise_if_failed(bundle)
@@ -197,9 +197,15 @@ def _copy_tokenizer(loaded: LoadedSource, folder: Path) -> TextInfo | None:
 
 
 def _gather_evidence(
-    loaded: LoadedSource, config: BuildConfig, writer: BundleWriter, manifest: Manifest, progress: Progress
+    loaded: LoadedSource,
+    config: BuildConfig,
+    writer: BundleWriter,
+    manifest: Manifest,
+    output: Path,
+    progress: Progress,
 ) -> Manifest:
-    """Verify and measure the engine where it lies, before it gets its name; write reports beside it."""
+    """Verify and measure the engine where it lies, before it gets its name ``output``; write reports beside
+    it."""
     if not (config.verify or config.bench):
         return manifest
     from .report.html import write_report
@@ -214,6 +220,7 @@ def _gather_evidence(
         from .verify.write import write_reports
 
         report = _verify(verify_bundle, loaded, config, writer.path, progress)
+        report = dataclasses.replace(report, bundle=str(output))
         write_reports(report, evidence)
         parity = report.to_dict()
         summaries["parity"] = report.summary()
