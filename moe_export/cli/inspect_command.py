@@ -100,7 +100,7 @@ def _routing(routing: dict[str, Any]) -> str:
     if not isinstance(router, dict):
         words = [f"{k}={v}" for k, v in routing.items() if v not in (None, "")]
         return ", ".join(words)
-    skipped = {"layer", "top_k", *(_GROUPS if router.get("n_group", 1) == 1 else ())}
+    skipped = {"layer", "top_k", "selection_bias", *(_GROUPS if router.get("n_group", 1) == 1 else ())}
     return ", ".join(
         f"{k}={v}" for k, v in router.items() if k not in skipped and _PLAIN.get(k) != v and v is not None
     )

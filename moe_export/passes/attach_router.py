@@ -75,7 +75,7 @@ class AttachRouter(Pass):
             layers.append(
                 dataclasses.replace(
                     layer,
-                    router=found,
+                    router=None if found is None else {**found, **_held_bias(context.model, layer)},
                     router_note=note,
                     logits=None if logits is None else f"moe.{layer.index}.logits",
                 )
@@ -122,6 +122,27 @@ class AttachRouter(Pass):
                 logits,
             )
         return None, reasons[0] if reasons else "no single logits value [T, E] leads to the routing", None
+
+
+def _held_bias(model: ir.Model, layer: MoELayer) -> dict[str, list[float]]:
+    """The selection bias of the layer's Router op, for the manifest: near ties are judged with it.
+
+    Empty without a bias, and for one that is computed rather than stored.
+    """
+    import numpy as np
+
+    ids = find_value(model, layer.expert_ids)
+    node = None if ids is None else ids.producer()
+    if node is None or len(node.inputs) < 2:
+        return {}
+    bias = node.inputs[1]
+    cast = None if bias is None else bias.producer()
+    if cast is not None and cast.op_type in ("Cast", "Reshape", "Identity"):
+        bias = cast.inputs[0]
+    if bias is None or bias.const_value is None:
+        return {}
+    held = bias.const_value.numpy().astype(np.float32).reshape(-1)
+    return {"selection_bias": held.tolist()} if held.size == layer.num_experts else {}
 
 
 def _logit_candidates(ids: ir.Value, weights: ir.Value, num_experts: int) -> Iterator[ir.Value]:
