@@ -99,10 +99,11 @@ def _source_experts(model: torch.nn.Module, layers: tuple[LayerTrace, ...]) -> t
     """Number of experts per traced layer: a trace is named after its experts, or after their block."""
     blocks = {block.name: block.choices for block in find_expert_blocks(model)}
     blocks |= {name.rpartition(".")[0]: count for name, count in blocks.items() if name not in blocks}
-    missing = [layer.name for layer in layers if layer.name not in blocks]
+    names = [layer.name.partition("#")[0] for layer in layers]  # "#2": the second run of one module
+    missing = [name for name in names if name not in blocks]
     if missing:
         raise SourceError(f"{missing[0]}: cannot tell how many experts this layer has")
-    return tuple(blocks[layer.name] for layer in layers)
+    return tuple(blocks[name] for name in names)
 
 
 def _token_ids(tokenizer: Any, text: str, max_tokens: int | None) -> NDArray[Any]:

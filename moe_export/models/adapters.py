@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UnsupportedModelError, UsageError, choices_text
+from ..errors import UsageError, choices_text
 
 if TYPE_CHECKING:
     import torch
@@ -44,25 +43,32 @@ class MoEBlockSpec:
     activation: str | Callable[[torch.Tensor], torch.Tensor] = "silu"
     after: Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     output: Callable[[nn.Module, torch.Tensor], Any] | None = None
-    flatten: bool = field(default=True)
+    flatten: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("experts", "up_proj", "down_proj"):
-            if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise UsageError(
-                    f"MoEBlockSpec.{name}: expected the name of an attribute, got {getattr(self, name)!r}"
-                )
-        if not callable(self.route):
-            raise UsageError(
-                "MoEBlockSpec.route: expected a function (block, hidden) -> (weights, expert_ids)"
-            )
-        if isinstance(self.activation, str) and self.activation not in ACTIVATIONS:
+        for name in ("experts", "up_proj", "down_proj", "gate_proj"):
+            value = getattr(self, name)
+            if not (isinstance(value, str) and value) and not (name == "gate_proj" and value is None):
+                raise UsageError(f"MoEBlockSpec.{name}: expected the name of an attribute, got {value!r}")
+        for name, signature in (
+            ("route", "(block, hidden) -> (weights, expert_ids)"),
+            ("after", "(block, hidden, combined) -> tensor"),
+            ("output", "(block, result) -> what the block returns"),
+        ):
+            value = getattr(self, name)
+            if not callable(value) and not (name != "route" and value is None):
+                raise UsageError(f"MoEBlockSpec.{name}: expected a function {signature}, got {value!r}")
+        if not callable(self.activation) and self.activation not in ACTIVATIONS:
             raise UsageError(
                 f"MoEBlockSpec.activation: unknown {self.activation!r}; "
-                f"{choices_text(self.activation, ACTIVATIONS)}"
+                f"{choices_text(str(self.activation), ACTIVATIONS)}; or a function of a tensor"
             )
-        if isinstance(self.top_k, int) and self.top_k < 1:
+        if type(self.top_k) is int and self.top_k < 1:
             raise UsageError(f"MoEBlockSpec.top_k: expected at least 1, got {self.top_k}")
+        if type(self.top_k) not in (int, str) or not self.top_k:
+            raise UsageError(
+                f"MoEBlockSpec.top_k: expected a number or the name of an attribute, got {self.top_k!r}"
+            )
 
     def expert_list(self, block: nn.Module) -> list[nn.Module]:
         """The block's experts in order.
@@ -86,6 +92,47 @@ class MoEBlockSpec:
             raise UsageError(f"{type(block).__name__}.{self.experts}: expected experts of one class")
         return experts
 
+    def chosen_per_token(self, block: nn.Module) -> int:
+        """K, read from the block where ``top_k`` names an attribute.
+
+        Raises:
+            UsageError: the attribute is missing or no number of 1 or more.
+        """
+        value = _attribute(block, self.top_k) if isinstance(self.top_k, str) else self.top_k
+        if type(value) is not int or value < 1:
+            raise UsageError(
+                f"{type(block).__name__}.{self.top_k}: expected a whole number of 1 or more, got {value!r}"
+            )
+        return value
+
+    def routing(self, block: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights [T, K] (0 where dropped) and expert ids [T, K] that ``route`` gives for the block's input.
+
+        Raises:
+            UsageError: ``route`` returns something else.
+        """
+        import torch
+
+        made = self.route(block, hidden.reshape(-1, hidden.shape[-1]) if self.flatten else hidden)
+        name, top_k = f"the route function of {type(block).__name__}", self.chosen_per_token(block)
+        if not (
+            isinstance(made, tuple) and len(made) == 2 and all(isinstance(t, torch.Tensor) for t in made)
+        ):
+            raise UsageError(f"{name}: expected two tensors (weights, expert_ids), got {_described(made)}")
+        weights, ids = made
+        if ids.is_floating_point() or ids.dtype == torch.bool or not weights.is_floating_point():
+            raise UsageError(
+                f"{name}: expected weights of float type, then expert ids of int type, got "
+                f"{weights.dtype} and {ids.dtype}"
+            )
+        for what, tensor in (("weights", weights), ("expert_ids", ids)):
+            if tensor.dim() != 2 or tensor.shape[1] != top_k:
+                raise UsageError(
+                    f"{name}: {what} has shape {list(tensor.shape)}, expected [tokens, {top_k}] (top_k is "
+                    f"{top_k})"
+                )
+        return torch.where(ids >= 0, weights, 0.0), ids
+
     def activate(self, rows: torch.Tensor) -> torch.Tensor:
         """[M, 2I] (gate and up) or [M, I] → [M, I]."""
         import torch
@@ -105,6 +152,14 @@ class MoEBlockSpec:
         return function(gate) * up
 
 
+def _described(value: Any) -> str:
+    return (
+        f"{type(value).__name__} of {len(value)}"
+        if isinstance(value, (tuple, list))
+        else type(value).__name__
+    )
+
+
 def _attribute(module: nn.Module, path: str) -> Any:
     value: Any = module
     for part in path.split("."):
@@ -119,7 +174,15 @@ ADAPTERS: dict[type, MoEBlockSpec] = {}
 
 
 def register_moe_block(cls: type, spec: MoEBlockSpec) -> None:
-    """Say that ``cls`` (an ``nn.Module`` class) is an MoE block described by ``spec``."""
+    """Say that ``cls`` (an ``nn.Module`` class) is an MoE block described by ``spec``.
+
+    Raises:
+        UsageError: ``cls`` is no module class or ``spec`` no MoEBlockSpec.
+    """
+    from torch import nn
+
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise UsageError(f"register_moe_block: expected a subclass of torch.nn.Module, got {cls!r}")
     if not isinstance(spec, MoEBlockSpec):
         raise UsageError(
             f"register_moe_block({cls.__name__}): expected a MoEBlockSpec, got {type(spec).__name__}"
@@ -172,6 +235,13 @@ def stack_experts(block: nn.Module, spec: MoEBlockSpec) -> StackedExperts:
                     f"{type(block).__name__}: expert attribute {name!r} is {type(linear).__name__}, "
                     "expected nn.Linear"
                 )
+        kinds = {(tuple(linear.weight.shape), linear.bias is None) for linear in linears}
+        if len(kinds) != 1:
+            raise UsageError(
+                f"{type(block).__name__}: {name!r} differs from expert to expert in shape or bias; experts "
+                "of one "
+                "block must have one shape"
+            )
         weight = torch.stack([linear.weight.detach() for linear in linears])
         if linears[0].bias is None:
             return weight, None
@@ -190,120 +260,5 @@ def stack_experts(block: nn.Module, spec: MoEBlockSpec) -> StackedExperts:
     return StackedExperts(up, down, up_bias, down_bias)
 
 
-@contextmanager
-def adapted(model: nn.Module) -> Iterator[None]:
-    """Inside, every block of ``model`` with a spec runs its experts as our ops; restored on exit."""
-
-    from .experts import experts_forward
-
-    patched: list[nn.Module] = []
-
-    def adapt(block: nn.Module, name: str, spec: MoEBlockSpec) -> None:
-        stacked = stack_experts(block, spec)
-        for key in ("up", "down", "up_bias", "down_bias"):
-            tensor = getattr(stacked, key)
-            block.register_buffer(f"_moe_export_{key}", tensor, persistent=False)
-
-        def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            flat = hidden.reshape(-1, hidden.shape[-1])
-            weights, ids = spec.route(block, flat if spec.flatten else hidden)
-            combined = experts_forward(
-                flat,
-                ids,
-                weights,
-                block._moe_export_up,
-                block._moe_export_down,
-                spec.activate,  # type: ignore[arg-type]
-                layer=name,
-                up_bias=block._moe_export_up_bias,
-                down_bias=block._moe_export_down_bias,  # type: ignore[arg-type]
-            )
-            if spec.after is not None:
-                combined = spec.after(block, flat, combined)
-            result = combined.reshape(hidden.shape)
-            return spec.output(block, result) if spec.output is not None else result
-
-        block.forward = forward  # type: ignore[method-assign]
-        patched.append(block)
-
-    try:
-        for name, block in list(model.named_modules()):
-            spec = spec_of(block)
-            if spec is not None:
-                adapt(block, name or type(block).__name__, spec)
-        yield
-    finally:
-        for block in patched:
-            del block.forward
-            for key in ("up", "down", "up_bias", "down_bias"):
-                delattr(block, f"_moe_export_{key}")
-
-
-def looks_like_moe(module: nn.Module) -> tuple[str, int] | None:
-    """(attribute of the experts, their number) if ``module`` has two or more experts of one class and a layer
-    with one output per expert, which is how nearly every hand-written MoE block looks."""
-    from torch import nn
-
-    for name, child in module.named_children():
-        if not isinstance(child, (nn.ModuleList, nn.ModuleDict)) or len(child) < 2:
-            continue
-        members = list(child.values()) if isinstance(child, nn.ModuleDict) else list(child)
-        if len({type(m) for m in members}) != 1 or not any(True for _ in members[0].parameters()):
-            continue
-        inside = {id(p) for p in child.parameters()}
-        for parameter in module.parameters():
-            # A router weight lies outside the experts and has one row or one column per expert.
-            if id(parameter) not in inside and parameter.dim() == 2 and len(members) in parameter.shape:
-                return name, len(members)
-    return None
-
-
-def require_adapters(model: nn.Module, *, library: str = "transformers") -> None:
-    """Refuse a model with a block that looks like an MoE and has no adapter.
-
-    Raises:
-        UnsupportedModelError: the message shows the adapter to write.
-    """
-    from .experts import is_experts_module
-
-    covered = {id(m) for b in model.modules() if spec_of(b) is not None for m in b.modules()}
-    for name, block in model.named_modules():
-        if (
-            id(block) in covered
-            or is_experts_module(block)
-            or type(block).__module__.startswith(f"{library}.")
-        ):
-            continue
-        found = looks_like_moe(block)
-        if found is None or type(block) in NOT_MOE:
-            continue
-        experts, count = found
-        cls = type(block).__name__
-        linears = _linear_names(block, experts)
-        raise UnsupportedModelError(
-            f"{name or cls} ({cls}) looks like a Mixture of Experts ({count} experts in {experts!r}) and has no adapter; "
-            f"tracing it would bake in the experts that the sample hits. Describe it:\n\n"
-            f"    from moe_export import MoEBlockSpec, register_moe_block\n\n"
-            f"    register_moe_block({cls}, MoEBlockSpec(\n"
-            f"        experts={experts!r},\n"
-            f"        gate_proj=...,  # nn.Linear of an expert (it has: {', '.join(linears) or 'none'}), None if ungated\n"
-            f"        up_proj=...,\n"
-            f"        down_proj=...,\n"
-            f'        activation="silu",  # one of {", ".join(ACTIVATIONS)}\n'
-            f"        top_k=2,\n"
-            f"        route=lambda block, hidden: (weights, expert_ids),  # both [T, K], from the block's own router\n"
-            f"    ))\n\n"
-            f"or, if it is no MoE: moe_export.models.adapters.NOT_MOE.add({cls})"
-        )
-
-
 NOT_MOE: set[type] = set()
 """Classes that look like an MoE block and are none."""
-
-
-def _linear_names(block: nn.Module, experts: str) -> list[str]:
-    from torch import nn
-
-    container = getattr(block, experts)
-    first = next(iter(container.values() if isinstance(container, nn.ModuleDict) else container))
-    return [n for n, m in first.named_modules() if isinstance(m, nn.Linear)]

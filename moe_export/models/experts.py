@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 HOOK_NAME = "moe_export"
 LAYER_ATTRIBUTE = "_moe_export_layer"
@@ -72,7 +74,7 @@ def experts_forward(
 
 
 def hook(
-    self: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """transformers' experts interface: ``self`` is any experts module of the library."""
     gated = self.has_gate
@@ -95,14 +97,45 @@ def hook(
     ).reshape(hidden_states.shape)
 
 
-def is_experts_module(module: torch.nn.Module) -> bool:
+def is_experts_module(module: nn.Module) -> bool:
     """Whether ``module`` dispatches through transformers' experts interface."""
     return hasattr(module, "_is_expert_parallel") and hasattr(module, "down_proj")
 
 
-def register_hook() -> str:
-    """Register the hook with transformers (again and again is fine) and return its name."""
+@contextmanager
+def experts_run_by(model: nn.Module, name: str, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Inside, ``forward`` (transformers' experts interface) computes every experts module of ``model``, each
+    of which knows its name; restored on exit. ``name``: what ``forward`` is registered as."""
+    modules = [(path, m) for path, m in model.named_modules() if is_experts_module(m)]
+    if not modules:
+        yield
+        return
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    ALL_EXPERTS_FUNCTIONS.register(HOOK_NAME, hook)
-    return HOOK_NAME
+    ALL_EXPERTS_FUNCTIONS.register(name, forward)
+    # The modules' own configs, not model.set_experts_implementation: that one works only on models of the
+    # library, and
+    # here they may be parts of a model of one's own.
+    configs = {id(m.config): m.config for _, m in modules}
+    before = [(c, c._experts_implementation_internal) for c in configs.values()]
+    try:
+        for path, module in modules:
+            setattr(module, LAYER_ATTRIBUTE, path or type(module).__name__)
+        for config in configs.values():
+            config._experts_implementation_internal = name
+        yield
+    finally:
+        for config, implementation in before:
+            config._experts_implementation_internal = implementation
+        for _, module in modules:
+            module.__dict__.pop(LAYER_ATTRIBUTE, None)
+
+
+def experts_as_ops(model: nn.Module) -> AbstractContextManager[None]:
+    """Inside, every experts module of ``model`` runs as our ops; restored on exit."""
+    return experts_run_by(model, HOOK_NAME, hook)
+
+
+def nth_call(name: str, number: int) -> str:
+    """Name of a layer's ``number``-th run in one forward of the model."""
+    return name if number == 1 else f"{name}#{number}"

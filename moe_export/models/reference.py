@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..schema import Manifest
 from ..trace import LayerTrace, TracedRun
-from .adapters import MoEBlockSpec, spec_of
-from .experts import LAYER_ATTRIBUTE, is_experts_module
+from .adapted import adapted_blocks, block_input
+from .adapters import MoEBlockSpec
+from .experts import LAYER_ATTRIBUTE, experts_run_by, nth_call
 from .library_blocks import Routed, library_blocks_watched
 
 if TYPE_CHECKING:
@@ -27,20 +29,23 @@ WATCH_NAME = "moe_export_watch"
 class _Recorder:
     def __init__(self) -> None:
         self.layers: list[LayerTrace] = []
+        self._calls: Counter[str] = Counter()
 
     def add(
         self, name: str, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, output: torch.Tensor
     ) -> None:
+        """One more layer in the order of execution; the second run of a module is ``name#2``."""
         import torch
 
         def numpy(t: torch.Tensor, dtype: torch.dtype) -> Any:
             return t.detach().to(dtype).cpu().numpy().copy()
 
         top_k = ids.shape[-1]
+        self._calls[name] += 1
         self.layers.append(
             LayerTrace(
                 index=len(self.layers),
-                name=name,
+                name=nth_call(name, self._calls[name]),
                 expert_ids=numpy(ids.reshape(-1, top_k), torch.int32),
                 weights=numpy(weights.reshape(-1, top_k), torch.float32),
                 hidden=numpy(hidden.reshape(-1, hidden.shape[-1]), torch.float32),
@@ -48,12 +53,16 @@ class _Recorder:
             )
         )
 
+    def add_routed(self, name: str, routed: Routed) -> None:
+        """The same for a block that is not behind the experts interface."""
+        self.add(name, routed.hidden, routed.expert_ids, routed.weights, routed.output)
+
 
 def _watch_experts(recorder: _Recorder) -> Callable[..., torch.Tensor]:
     def watch(self: Any, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> torch.Tensor:
         original = type(self).forward.__wrapped__
         output: torch.Tensor = original(self, hidden_states, top_k_index, top_k_weights)
-        recorder.add(getattr(self, LAYER_ATTRIBUTE, ""), hidden_states, top_k_index, top_k_weights, output)
+        recorder.add(getattr(self, LAYER_ATTRIBUTE), hidden_states, top_k_index, top_k_weights, output)
         return output
 
     return watch
@@ -73,56 +82,30 @@ def _run_experts(
     return out
 
 
+def _watch_block(recorder: _Recorder, name: str, spec: MoEBlockSpec) -> Callable[..., None]:
+    def record(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _out: Any) -> None:
+        import torch
+
+        hidden = block_input(args, kwargs)
+        with torch.no_grad():
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            weights, ids = spec.routing(block, hidden)
+            recorder.add(name, flat, ids, weights, _run_experts(block, spec, flat, weights, ids))
+
+    return record
+
+
 @contextmanager
 def watching(model: nn.Module) -> Iterator[_Recorder]:
     """Inside, every MoE layer of ``model`` records what it routes and computes; the model's own code runs."""
-    import torch
-
     recorder = _Recorder()
-    handles = []
-    has_library_experts = False
-    for name, module in model.named_modules():
-        if is_experts_module(module):
-            setattr(module, LAYER_ATTRIBUTE, name)
-            has_library_experts = True
-        spec = spec_of(module)
-        if spec is not None:
-
-            def record(
-                block: nn.Module,
-                args: tuple[Any, ...],
-                kwargs: dict[str, Any],
-                _out: Any,
-                *,
-                spec: MoEBlockSpec = spec,
-                name: str = name,
-            ) -> None:
-                hidden = args[0] if args else next(iter(kwargs.values()))
-                with torch.no_grad():
-                    flat = hidden.reshape(-1, hidden.shape[-1])
-                    weights, ids = spec.route(block, flat if spec.flatten else hidden)
-                    recorder.add(name, flat, ids, weights, _run_experts(block, spec, flat, weights, ids))
-
-            handles.append(module.register_forward_hook(record, with_kwargs=True))
-    before = None
-    if has_library_experts:
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-        ALL_EXPERTS_FUNCTIONS.register(WATCH_NAME, _watch_experts(recorder))
-        before = model.get_experts_implementation()  # type: ignore[operator]
-        model.set_experts_implementation(WATCH_NAME)  # type: ignore[operator]
-
-    def add_block(name: str, routed: Routed) -> None:
-        recorder.add(name, routed.hidden, routed.expert_ids, routed.weights, routed.output)
-
-    try:
-        with library_blocks_watched(model, add_block):
-            yield recorder
-    finally:
-        for handle in handles:
-            handle.remove()
-        if has_library_experts:
-            model.set_experts_implementation(before)  # type: ignore[operator]
+    with ExitStack() as stack:
+        for name, (block, spec) in adapted_blocks(model).items():
+            hook = block.register_forward_hook(_watch_block(recorder, name, spec), with_kwargs=True)
+            stack.callback(hook.remove)
+        stack.enter_context(experts_run_by(model, WATCH_NAME, _watch_experts(recorder)))
+        stack.enter_context(library_blocks_watched(model, recorder.add_routed))
+        yield recorder
 
 
 class ReferenceModel:
@@ -135,13 +118,15 @@ class ReferenceModel:
         """One full forward in float32 with the model's own code; see :class:`moe_export.trace.Reference`."""
         import torch
 
+        from ..importer.graphs import run_module
+
         tensors = {name: torch.from_numpy(value.copy()) for name, value in inputs.items()}
         model = self.source.module
         with torch.no_grad(), watching(model) as recorder:
             if self.source.kind == "huggingface":
                 outputs = self._run_library(model, tensors)
             else:
-                outputs = named_outputs(model(**tensors))
+                outputs = run_module(model, {n: _as_float32(t) for n, t in tensors.items()})
         numbers = {
             name: t.detach().float().cpu().numpy() if t.is_floating_point() else t.cpu().numpy()
             for name, t in outputs.items()
@@ -164,21 +149,26 @@ class ReferenceModel:
         return {name: result[name]}
 
 
+def _as_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Inputs of a float16 engine as the float32 model takes them."""
+    import torch
+
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
 def positions_from_mask(mask: torch.Tensor) -> torch.Tensor:
     """Position of each token among the unmasked ones of its row; 0 at padding. [batch, sequence] int64."""
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     return positions * mask
 
 
-def named_outputs(result: Any) -> dict[str, torch.Tensor]:
+def named_outputs(result: Any) -> dict[str, Any]:
     """Outputs of a user's module by the names its engine has."""
-    import torch
-
-    if isinstance(result, torch.Tensor):
-        return {"output": result}
-    if isinstance(result, dict):
-        return dict(result)
-    return {f"output_{i}": t for i, t in enumerate(result)}
+    if isinstance(result, Mapping):
+        return {str(name): value for name, value in result.items()}
+    if isinstance(result, (tuple, list)):
+        return {f"output_{i}": value for i, value in enumerate(result)}
+    return {} if result is None else {"output": result}
 
 
 def load_reference(path: str | Path, manifest: Manifest) -> ReferenceModel:
