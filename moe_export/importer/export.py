@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ExportError
+from ..errors import ExportError, UsageError, choices_text
 from ..progress import NullProgress, Progress
-from ..schema import Decision, ModelIO, MoELayer
+from ..schema import DTYPES, Decision, ModelIO, MoELayer
 from .sources import LoadedSource, load_source
 
 if TYPE_CHECKING:
@@ -35,21 +34,28 @@ class ExportedModel:
 @contextmanager
 def hooked(model: nn.Module, family: str | None) -> Iterator[None]:
     """Inside, every MoE layer of ``model`` runs as our ops, and the family's own patches are active."""
-    from ..models.adapters import adapted
-    from ..models.experts import LAYER_ATTRIBUTE, is_experts_module, register_hook
+    from ..models.adapted import adapted
+    from ..models.experts import experts_as_ops
     from ..models.patches import family_patches
 
-    with ExitStack() as stack:
-        stack.enter_context(family_patches(family, model))
-        stack.enter_context(adapted(model))
-        experts = [(name, m) for name, m in model.named_modules() if is_experts_module(m)]
-        for name, module in experts:
-            setattr(module, LAYER_ATTRIBUTE, name)
-        if experts:
-            before = model.get_experts_implementation()  # type: ignore[operator]
-            model.set_experts_implementation(register_hook())  # type: ignore[operator]
-            stack.callback(model.set_experts_implementation, before)  # type: ignore[operator,arg-type]
+    with family_patches(family, model), adapted(model), experts_as_ops(model):
         yield
+
+
+def moe_layer_names(model: nn.Module) -> set[str]:
+    """Names of the MoE layers of ``model`` that run as our ops inside :func:`hooked`."""
+    from ..models.adapted import adapted_blocks
+    from ..models.experts import is_experts_module
+    from ..models.library_blocks import library_blocks
+
+    blocks = adapted_blocks(model)
+    within = {id(m) for block, _ in blocks.values() for m in block.modules()}
+    experts = {
+        name or type(m).__name__: m
+        for name, m in model.named_modules()
+        if is_experts_module(m) and id(m) not in within
+    }
+    return {*blocks, *experts, *library_blocks(model)}
 
 
 def export_model(
@@ -71,14 +77,17 @@ def export_model(
 
     Raises:
         SourceError, UnsupportedModelError: the source cannot be read or is refused.
+        UsageError: wrong arguments, or an adapter that does not describe its block.
         ExportError: it cannot be traced without freezing what must stay dynamic.
     """
     from ..graph.moe_values import name_moe_values
-    from ..models.adapters import require_adapters
-    from . import graphs
-    from .trace import trace
+    from ..models.moe_patterns import require_adapters
+    from .trace import check_opset
 
     progress = progress or NullProgress()
+    if dtype not in DTYPES:
+        raise UsageError(f"unknown dtype {dtype!r}; {choices_text(dtype, DTYPES)}")
+    check_opset(opset)
     loaded = (
         source
         if isinstance(source, LoadedSource)
@@ -91,26 +100,9 @@ def export_model(
             progress=progress,
         )
     )
-    model = loaded.module
-    require_adapters(model)
-    if dtype == "float16":
-        model = copy.deepcopy(model).half()
-    family = loaded.info.model_type if loaded.kind == "huggingface" else None
-    with progress.stage("trace"), hooked(model, family):
-        if loaded.kind == "module":
-            sample = {
-                n: t.half() if dtype == "float16" and t.is_floating_point() else t
-                for n, t in loaded.inputs.items()
-            }
-            plan = graphs.module_graph(model, sample, loaded.dynamic)
-        elif loaded.task == "feature-extraction":
-            plan = graphs.plain_graph(model, "last_hidden_state")  # type: ignore[arg-type]
-        elif loaded.encoder_decoder:
-            plan = graphs.plain_graph(model, "logits", encoder_decoder=True)  # type: ignore[arg-type]
-        else:
-            plan = graphs.decoder_graph(model)  # type: ignore[arg-type]
-        graph, io = trace(plan, opset)
-    _check_experts_traced(model, graph)
+    require_adapters(loaded.module)
+    with progress.stage("trace"):
+        graph, io = _trace(loaded, dtype, opset)
     layers = name_moe_values(graph)
     for node in graph.graph.all_nodes():
         node.metadata_props.clear()
@@ -123,18 +115,51 @@ def export_model(
     return ExportedModel(graph, io, layers, loaded, dtype, opset)
 
 
-def _check_experts_traced(model: nn.Module, graph: ir.Model) -> None:
-    """As many MoE layers in the graph as the model ran: none was traced past the hook."""
-    from ..models.adapters import spec_of
-    from ..models.experts import is_experts_module
-    from ..models.library_blocks import library_blocks
+def _trace(loaded: LoadedSource, dtype: str, opset: int) -> tuple[ir.Model, ModelIO]:
+    from ..models.adapted import check_adapters
+    from ..models.precision import as_float16
+    from . import graphs
+    from .trace import trace
+
+    model: Any = as_float16(loaded.module) if dtype == "float16" else loaded.module
+    family = loaded.info.model_type if loaded.kind == "huggingface" else None
+    sample = {
+        name: t.half() if dtype == "float16" and t.is_floating_point() else t
+        for name, t in loaded.inputs.items()
+    }
+    if loaded.kind == "module":
+        check_adapters(model, lambda: graphs.run_module(model, sample))
+    with hooked(model, family):
+        if loaded.kind == "module":
+            plan = graphs.module_graph(model, sample, loaded.dynamic)
+        elif loaded.task == "feature-extraction":
+            plan = graphs.plain_graph(model, "last_hidden_state")
+        elif loaded.encoder_decoder:
+            plan = graphs.plain_graph(model, "logits", encoder_decoder=True)
+        else:
+            plan = graphs.decoder_graph(model)
+        graph, io = trace(plan, opset)
+        _check_experts_traced(moe_layer_names(model), graph)
+    return graph, io
+
+
+def _check_experts_traced(expected: set[str], graph: ir.Model) -> None:
+    """Each MoE layer of the model is in the graph: none was traced past the hook.
+
+    Raises:
+        ExportError: names those that are not.
+    """
     from ..ops import DOMAIN
 
-    expected = sum(1 for m in model.modules() if is_experts_module(m) or spec_of(m) is not None)
-    expected += len(library_blocks(model))
-    found = sum(1 for n in graph.graph if n.domain == DOMAIN and n.op_type == "Dispatch")
-    if found < expected:
+    found = {
+        n.attributes["layer"].as_string()
+        for n in graph.graph
+        if n.domain == DOMAIN and n.op_type == "Dispatch"
+    }
+    if missing := sorted(expected - found):
         raise ExportError(
-            f"the model has {expected} MoE layers and the traced graph {found}: some were not reached by "
-            "the sample inputs or were traced around the hook"
+            f"{len(missing)} of the {len(expected)} MoE layers are not in the traced graph: "
+            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}; the sample inputs do not reach "
+            "them, or the model computes their experts around the block's forward, and the engine would not "
+            "hold what the model chooses"
         )

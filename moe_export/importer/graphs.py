@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..errors import MoeExportError, UsageError
+from ..models.reference import named_outputs
 from ..schema import ModelIO, TensorSpec
 from .cache import CacheSlot, fill_cache, plan_cache
 
@@ -26,6 +28,11 @@ class TracedGraph:
     module: nn.Module
     sample: tuple[torch.Tensor, ...]
     io: ModelIO
+
+    @property
+    def subject(self) -> str:
+        """Class of the model, for messages."""
+        return type(getattr(self.module, "model", self.module)).__name__
 
 
 def forward_parameters(model: nn.Module) -> set[str]:
@@ -92,9 +99,7 @@ class ModuleGraph(nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> Any:
         result = self.model(**dict(zip(self.names, tensors, strict=True)))
-        if isinstance(result, dict):
-            return tuple(result.values())
-        return result
+        return tuple(named_outputs(result).values())
 
 
 def _ids(model: PreTrainedModel, *shape: int) -> torch.Tensor:
@@ -176,15 +181,39 @@ def module_graph(
         axes = dynamic.get(name, {})
         shape = tuple(axes.get(axis, int(size)) for axis, size in enumerate(tensor.shape))
         specs.append(TensorSpec(name, _numpy_name(tensor.dtype), shape))
-    with torch.no_grad():
-        result = model(**inputs)
-    if isinstance(result, dict):
-        named = dict(result)
-    elif isinstance(result, torch.Tensor):
-        named = {"output": result}
-    else:
-        named = {f"output_{i}": t for i, t in enumerate(result)}
-    outputs = tuple(TensorSpec(name, _numpy_name(t.dtype), ("?",) * t.dim()) for name, t in named.items())
+    outputs = tuple(
+        TensorSpec(name, _numpy_name(t.dtype), ("?",) * t.dim())
+        for name, t in run_module(model, inputs).items()
+    )
     return TracedGraph(
         ModuleGraph(model, tuple(inputs)), tuple(inputs.values()), ModelIO(tuple(specs), outputs)
     )
+
+
+def run_module(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Run a user's own module on its inputs; outputs by name.
+
+    Raises:
+        UsageError: it does not take these inputs, fails, or returns something else than tensors.
+    """
+    cls = type(model).__name__
+    try:
+        with torch.no_grad():
+            result = model(**inputs)
+    except MoeExportError:
+        raise
+    except Exception as error:  # the user's own code
+        taken = ", ".join(sorted(forward_parameters(model)))
+        raise UsageError(
+            f"{cls} fails on its sample inputs ({', '.join(inputs)}; its forward takes {taken}): "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    named = named_outputs(result)
+    if not named:
+        raise UsageError(f"{cls} returns nothing; expected a tensor, or a tuple or dict of tensors")
+    for name, value in named.items():
+        if not isinstance(value, torch.Tensor):
+            raise UsageError(
+                f"{cls}: {name} is {type(value).__name__}; expected a tensor, or a tuple or dict of tensors"
+            )
+    return named

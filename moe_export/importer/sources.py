@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from ..errors import EnvironmentLacksError, SourceError, UsageError, choices_text
 from ..progress import NullProgress, Progress
 from ..schema import TASKS, SourceInfo, Task, TextInfo
+from .identity import library_model_hash
 
 if TYPE_CHECKING:
     import torch
@@ -71,10 +71,12 @@ def load_source(
     _require("torch", "torch")
     from torch import nn
 
+    from .own_module import call_factory, module_source
+
     if isinstance(source, nn.Module):
         if _is_library_model(source):
             return _library_source(source, None, task, "")
-        return _module_source(source, None, inputs, dynamic, task)
+        return module_source(source, None, inputs, dynamic, task)
     if not isinstance(source, (str, Path)):
         raise UsageError(
             f"source: expected a folder, file.py:function or an nn.Module, got {type(source).__name__}"
@@ -82,10 +84,10 @@ def load_source(
     text = str(source)
     file, colon, function = text.rpartition(":")
     if colon and file.endswith(".py"):
-        module, found_inputs, found_dynamic = _call_factory(Path(file), function)
+        module, found_inputs, found_dynamic = call_factory(Path(file), function)
         if _is_library_model(module):
             return _library_source(module, text, task, "")
-        return _module_source(module, text, inputs or found_inputs, dynamic or found_dynamic, task)
+        return module_source(module, text, inputs or found_inputs, dynamic or found_dynamic, task)
     if text.endswith(".py"):
         raise SourceError(f"{text}: name the function that makes the model: {text}:build")
     return _folder_source(Path(text), task, trust_remote_code, progress or NullProgress())
@@ -106,68 +108,8 @@ def _is_library_model(module: nn.Module) -> bool:
     return isinstance(module, PreTrainedModel)
 
 
-def _call_factory(file: Path, function: str) -> tuple[nn.Module, dict[str, Any], dict[str, dict[int, str]]]:
-    from torch import nn
-
-    if not file.is_file():
-        raise SourceError(f"{file}: no such file")
-    name = f"_moe_export_source_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:12]}"
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    sys.path.insert(0, str(file.resolve().parent))
-    try:
-        spec.loader.exec_module(module)
-    except (SyntaxError, ImportError) as error:
-        raise SourceError(f"{file}: cannot be imported: {error}") from error
-    finally:
-        sys.path.pop(0)
-    factory = getattr(module, function, None)
-    if not callable(factory):
-        known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        raise SourceError(f"{file}: no function {function!r}; {choices_text(function, known)}")
-    made = factory()
-    if isinstance(made, nn.Module) and _is_library_model(made):
-        return made, {}, {}
-    if not (isinstance(made, tuple) and len(made) == 3 and isinstance(made[0], nn.Module)):
-        raise SourceError(
-            f"{file}:{function}: expected (module, inputs, dynamic), got {type(made).__name__}; inputs maps "
-            "input names to sample tensors, dynamic maps input names to {axis: dimension name}"
-        )
-    return made
-
-
-def _module_source(
-    module: nn.Module,
-    path: str | None,
-    inputs: dict[str, torch.Tensor] | None,
-    dynamic: dict[str, dict[int, str]] | None,
-    task: str | None,
-) -> LoadedSource:
-    import torch
-
-    if task not in (None, "module"):
-        raise UsageError(f"task {task!r} needs a transformers model; an own nn.Module is task 'module'")
-    if not inputs:
-        raise UsageError("an own nn.Module needs sample inputs: inputs={name: tensor}")
-    for name, tensor in inputs.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise UsageError(f"inputs[{name!r}]: expected a tensor, got {type(tensor).__name__}")
-        for axis in (dynamic or {}).get(name, {}):
-            if not 0 <= axis < tensor.dim():
-                raise UsageError(f"dynamic[{name!r}]: axis {axis} of a tensor with {tensor.dim()} axes")
-    for name in dynamic or {}:
-        if name not in inputs:
-            raise UsageError(f"dynamic: {name!r} is not an input; {choices_text(name, inputs)}")
-    module = _as_float32(module)
-    cls = type(module).__name__
-    info = SourceInfo("module", path, cls, cls, state_hash(module))
-    _check_finite_state(module)
-    return LoadedSource(module, "module", "module", info, None, dict(inputs), dict(dynamic or {}))
-
-
-def _as_float32(module: nn.Module) -> nn.Module:
+def as_float32(module: nn.Module) -> nn.Module:
+    """``module`` in eval mode, and a float32 copy of it where it is of another float type."""
     import copy
 
     import torch
@@ -178,28 +120,23 @@ def _as_float32(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
-def _check_finite_state(module: nn.Module) -> None:
+def check_finite_state(module: nn.Module) -> None:
+    """Refuse weights that are no numbers. Infinite buffers are masks; a NaN is wrong anywhere.
+
+    Raises:
+        SourceError: names the tensor, how many values and the first.
+    """
     import torch
 
-    for name, tensor in module.named_parameters():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            bad = torch.nonzero(~torch.isfinite(tensor))
+    tensors = [(name, "weight", t, torch.isfinite(t)) for name, t in module.named_parameters()]
+    tensors += [(name, "buffer", t, ~torch.isnan(t)) for name, t in module.named_buffers()]
+    for name, kind, tensor, good in tensors:
+        if (tensor.is_floating_point() or tensor.is_complex()) and not bool(good.all()):
+            bad = torch.nonzero(~good)
             raise SourceError(
-                f"weight {name!r} holds {len(bad)} values that are NaN or infinite, the first at "
+                f"{kind} {name!r} holds {len(bad)} values that are NaN or infinite, the first at "
                 f"{tuple(int(i) for i in bad[0])}; the model would compute nonsense"
             )
-
-
-def state_hash(module: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of the state dict."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
-    return digest.hexdigest()
 
 
 def _folder_source(
@@ -215,27 +152,57 @@ def _folder_source(
     import transformers
 
     with progress.stage("load the source model"), _no_library_bars():
-        config = transformers.AutoConfig.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-        name = (config.architectures or [None])[0]
-        cls = getattr(transformers, name, None) if name else None
-        if cls is None and not trust_remote_code:
-            raise SourceError(
-                f"{folder}/config.json: architectures names {name!r}, which the installed transformers "
-                f"{transformers.__version__} does not have; code in the folder runs only with "
-                "--trust-remote-code"
-            )
-        loader = cls if cls is not None else transformers.AutoModelForCausalLM
-        options: dict[str, Any] = {} if cls is not None else {"trust_remote_code": True}
         try:
-            model = loader.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **options)
-        except (RuntimeError, ValueError, OSError, KeyError) as error:
+            config = transformers.AutoConfig.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+        except Exception as error:  # each configuration class raises its own
+            raise SourceError(f"{folder}/config.json: transformers cannot read it: {_told(error)}") from error
+        loader, options = _loader(folder, config, trust_remote_code)
+        try:
+            model, loading = loader.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
+            )
+        except Exception as error:  # safetensors, huggingface_hub and each model class raise their own
+            raise SourceError(f"{folder}: transformers cannot load it: {_told(error)}") from error
+    _refuse_incomplete(folder, loading)
+    return _library_source(model.eval(), str(folder), task, digest)
+
+
+def _loader(folder: Path, config: Any, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
+    """The class that loads the model, and options for it."""
+    import transformers
+
+    name = (config.architectures or [None])[0]
+    cls = getattr(transformers, name, None) if name else None
+    if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+        return cls, {}
+    if trust_remote_code:
+        return transformers.AutoModelForCausalLM, {"trust_remote_code": True}
+    what = "names no class" if name is None else f"names {name!r}, no model class of"
+    raise SourceError(
+        f"{folder}/config.json: architectures {what} the installed transformers {transformers.__version__}; "
+        "code in "
+        "the folder runs only with --trust-remote-code"
+    )
+
+
+def _refuse_incomplete(folder: Path, loading: dict[str, Any]) -> None:
+    """transformers fills in random values for what a checkpoint lacks, and only warns."""
+    for kind, text in (("missing_keys", "lack"), ("mismatched_keys", "have another shape of")):
+        names = sorted(str(k[0] if isinstance(k, tuple) else k) for k in loading.get(kind) or ())
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise SourceError(
-                f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}"
-            ) from error
-    source = _library_source(model.eval(), str(folder), task, digest)
-    return source
+                f"{folder}: the weight files {text} {', '.join(names[:3])}{more}; the model would run with "
+                "random "
+                "values there. Copy the checkpoint again, or correct config.json"
+            )
+
+
+def _told(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines)[:300]}"
 
 
 @contextmanager
@@ -256,7 +223,7 @@ def _library_source(model: nn.Module, path: str | None, task: str | None, digest
     from ..models.families import FAMILIES
     from ..models.families import family as find_family
 
-    model = _as_float32(model)
+    model = as_float32(model)
     config = cast(Any, model).config
     model_type = family_name(model)
     if model_type in FAMILIES and find_family(model_type).status == "refused":
@@ -264,14 +231,14 @@ def _library_source(model: nn.Module, path: str | None, task: str | None, digest
 
         raise UnsupportedModelError(f"family {model_type}: {find_family(model_type).reason}")
     if not digest:
-        digest = state_hash(model)
-        _check_finite_state(model)
+        check_finite_state(model)
+        digest = library_model_hash(model)
     if task == "module":
         raise UsageError(
             "task 'module' is for an own nn.Module; a transformers model is text-generation or "
             "feature-extraction"
         )
-    head = model.get_output_embeddings() is not None  # type: ignore[operator]
+    head = model.get_output_embeddings() is not None
     chosen = task or ("text-generation" if head else "feature-extraction")
     if chosen == "text-generation" and not head:
         raise UsageError(f"{type(model).__name__} has no language-model head; use --task feature-extraction")

@@ -10,12 +10,15 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._sympy.numbers import int_oo
 
 from ..errors import ExportError
 from ..graph.functions import attach_functions
 from ..ops.torch_ops import translation_table
 from ..schema import ModelIO
 from .graphs import TracedGraph
+from .self_check import check_program
+from .trace_errors import FIX, dimension_name, first_line, frozen, refused
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -26,15 +29,20 @@ OPSETS = (20, 21, 22, 24)
 
 @contextmanager
 def _quiet() -> Iterator[None]:
+    import torch.export._trace as exporting
+
     names = ("torch.onnx", "torch.export", "onnxscript", "transformers", "torch.fx", "torch._dynamo")
     before = [(logging.getLogger(n), logging.getLogger(n).level) for n in names]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for logger, _ in before:
-            logger.setLevel(logging.ERROR)
+            logger.setLevel(logging.CRITICAL)
+        # torch.export prints the graph of a failed trace to stderr; shadow the print of that module.
+        vars(exporting)["print"] = lambda *_args, **_kwargs: None
         try:
             yield
         finally:
+            del vars(exporting)["print"]
             for logger, level in before:
                 logger.setLevel(level)
 
@@ -68,12 +76,14 @@ def _library_table() -> dict[Any, Any]:
 
 
 def _check_dynamic(program: torch.export.ExportedProgram, plan: TracedGraph) -> dict[str, str]:
-    """Every symbolic dimension of the plan must still be symbolic; equal names equal, others different.
+    """Every symbolic dimension of the plan must still be symbolic and take any size; equal names are equal,
+    others different.
 
     Returns traced symbol → name.
     """
     placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     user = [placeholders[name] for name in program.graph_signature.user_inputs if isinstance(name, str)]
+    limits = {str(symbol): limit.upper for symbol, limit in program.range_constraints.items()}
     seen: dict[str, tuple[str, str]] = {}
     for spec, node in zip(plan.io.inputs, user, strict=True):
         for axis, wanted in enumerate(spec.shape):
@@ -81,22 +91,39 @@ def _check_dynamic(program: torch.export.ExportedProgram, plan: TracedGraph) -> 
             where = f"{spec.name}, axis {axis} ({wanted!r})"
             if isinstance(wanted, int):
                 continue
-            if isinstance(actual, int):
-                raise ExportError(
-                    f"{where} was frozen to the sample's size {actual} while tracing: the exported graph would be wrong "
-                    "at any other size. The model's code branches on this size or reads it as a Python number; export "
-                    "it with this dimension fixed, or register a patch for the family (docs/add-a-family.md)"
-                )
+            if not (isinstance(actual, torch.SymInt) and actual.node.expr.free_symbols):
+                raise ExportError(frozen(where, str(actual)))
             name = str(actual)
+            upper = limits.get(name)
+            if upper is not None and upper != int_oo:
+                raise ExportError(
+                    f"{where} cannot be more than {upper} in the traced graph: the model's code branches on "
+                    f"it. {FIX}"
+                )
             if wanted in seen and seen[wanted][0] != name and wanted != "total":
                 raise ExportError(f"{where}: expected the same size as {seen[wanted][1]}, traced as {name}")
             for other, (other_name, other_where) in seen.items():
                 if other != wanted and other_name == name:
                     raise ExportError(
-                        f"{where} was tied to {other_where} while tracing; the model needs them equal"
+                        f"{where} was tied to {other_where} while tracing; the model needs them equal: give "
+                        "both the "
+                        "same dimension name"
                     )
             seen.setdefault(wanted, (name, where))
     return {name: wanted for wanted, (name, _) in seen.items()}
+
+
+def check_opset(opset: int) -> None:
+    """Refuse an opset that ONNX Runtime does not run correctly.
+
+    Raises:
+        ExportError: lists the choices.
+    """
+    if opset not in OPSETS:
+        reason = " (its RotaryEmbedding gives wrong results in ONNX Runtime)" if opset == 23 else ""
+        raise ExportError(
+            f"opset {opset} is not supported{reason}; choose one of {', '.join(map(str, OPSETS))}"
+        )
 
 
 def trace(plan: TracedGraph, opset: int) -> tuple[ir.Model, ModelIO]:
@@ -107,11 +134,7 @@ def trace(plan: TracedGraph, opset: int) -> tuple[ir.Model, ModelIO]:
     Raises:
         ExportError: the model cannot be traced, or a dynamic dimension was frozen.
     """
-    if opset not in OPSETS:
-        reason = " (its RotaryEmbedding gives wrong results in ONNX Runtime)" if opset == 23 else ""
-        raise ExportError(
-            f"opset {opset} is not supported{reason}; choose one of {', '.join(map(str, OPSETS))}"
-        )
+    check_opset(opset)
     from transformers.exporters.utils import apply_fx_node_fixes
 
     shapes = _dynamic_shapes(plan.io)
@@ -120,19 +143,10 @@ def trace(plan: TracedGraph, opset: int) -> tuple[ir.Model, ModelIO]:
         dynamic = (*shapes[:2], tuple(shapes[2:])) if _has_rest(plan) else (tuple(shapes),)
         try:
             program = torch.export.export(plan.module, plan.sample, dynamic_shapes=dynamic, strict=False)
-        except (
-            RuntimeError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            NotImplementedError,
-            AssertionError,
-        ) as error:
-            # torch.export wraps whatever the model's own code raises while it is traced.
-            raise ExportError(
-                f"{type(plan.module).__name__}: torch.export cannot trace the model: {_first_line(error)}"
-            ) from error
+        except Exception as error:  # torch.export lets through whatever the model's own code raises.
+            raise refused(error, plan.io, plan.subject) from error
         symbols = _check_dynamic(program, plan)
+        check_program(program, plan)
         apply_fx_node_fixes("onnx", program.graph_module)
         try:
             exported = torch.onnx.export(
@@ -146,7 +160,7 @@ def trace(plan: TracedGraph, opset: int) -> tuple[ir.Model, ModelIO]:
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
-            raise ExportError(f"the traced model has no ONNX form: {_first_line(error)}") from error
+            raise ExportError(f"the traced model has no ONNX form: {first_line(error)}") from error
         assert exported is not None
         from transformers.exporters.exporter_onnx import apply_onnx_ir_fixes
 
@@ -179,7 +193,7 @@ def _dynamic_shapes(io: ModelIO) -> tuple[dict[int, Any] | None, ...]:
     for spec in io.inputs:
         for d in spec.shape:
             if isinstance(d, str) and d not in dims:
-                dims[d] = torch.export.Dim(d.replace(".", "_"))
+                dims[d] = torch.export.Dim(dimension_name(d))
     return tuple(
         {a: dims[d] for a, d in enumerate(spec.shape) if isinstance(d, str)} or None for spec in io.inputs
     )
@@ -189,14 +203,6 @@ def _has_rest(plan: TracedGraph) -> bool:
     import inspect
 
     return len(inspect.signature(plan.module.forward).parameters) == 3
-
-
-def _first_line(error: BaseException) -> str:
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[0] if lines else ''}"[:500]
 
 
 def _name_io(model: ir.Model, io: ModelIO) -> None:
