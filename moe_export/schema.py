@@ -154,7 +154,7 @@ class Manifest:
     output may be one buffer with room for more tokens, updated in place; the past's length is the mask's
     minus the number of new tokens."""
     rows_apart: bool = False
-    """Several new tokens after a past run for one sequence of the batch at a time only; the runtime does so."""
+    """Several new tokens after a past run for one sequence at a time only; the runtime does so."""
     parameters: dict[str, int] = field(default_factory=dict)
     """``total``, ``active``, ``active_without_embeddings``."""
     model_file: str = "model.onnx"

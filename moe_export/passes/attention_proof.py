@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 TOLERANCE = {"float32": 2e-6, "float16": 4e-3}
-"""Largest difference from the plain nodes, relative to max(1, |value|): rounding of sums over head size and length."""
+"""Largest difference from the plain nodes, relative to max(1, |value|): rounding of sums."""
 SHAPES = ((1, 5, 0), (2, 5, 0), (2, 1, 7), (1, 3, 7), (3, 1, 0))
 """(batch, new tokens, past) on which both are run."""
 
 
 @dataclass(frozen=True)
 class CacheAttention:
-    """One attention over one layer's cache. ``query`` [B, Hq, S, D], ``key``/``value`` new entries [B, Hkv, S, D]."""
+    """Attention over a layer's cache: ``query`` [B, Hq, S, D], new ``key`` and ``value`` [B, Hkv, S, D]."""
 
     layer: str
     query: ir.Value

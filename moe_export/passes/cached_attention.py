@@ -1,7 +1,8 @@
 """Attention over the KV cache as ONNX Runtime's GroupQueryAttention, where running both proves them equal.
 
-The op appends to the cache itself and reads key and value heads without repeating them, so the cache can stay in one
-buffer that is updated in place. Contract: ONNX Runtime's ContribOperators.md, com.microsoft.GroupQueryAttention.
+The op appends to the cache itself and reads key and value heads without repeating them, so the cache can stay
+in one buffer that is updated in place. Contract: ONNX Runtime's ContribOperators.md,
+com.microsoft.GroupQueryAttention.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..graph.moe_values import find_value
+from ..graph.subgraph import ancestors
 from ..schema import Alternative, Decision
 from .attention_proof import SHAPES, CacheAttention, fixed_dims, proven_scale
 from .base import Pass, PassContext
@@ -86,7 +88,7 @@ def _follow(value: ir.Value, wanted: str, depth: int = 14) -> ir.Node | None:
 
 
 def _back_to_matmul(value: ir.Value) -> tuple[ir.Node | None, ir.Value | None]:
-    """From a softmax's input back over Add and Mul/Div by a constant: the scores' MatMul and the bias added."""
+    """From a softmax's input back over Add and Mul/Div by a constant: the scores' MatMul and the bias."""
     bias: ir.Value | None = None
     for _ in range(6):
         node = value.producer()
@@ -106,6 +108,18 @@ def _back_to_matmul(value: ir.Value) -> tuple[ir.Node | None, ir.Value | None]:
         else:
             return None, None
     return None, None
+
+
+def _unscaled(query: ir.Value) -> ir.Value:
+    """``query`` before a multiplication with one number, which the op's own scale can do."""
+    node = query.producer()
+    if node is None or node.op_type != "Mul":
+        return query
+    data = [v for v in node.inputs if v is not None and v.const_value is None]
+    numbers = [
+        v for v in node.inputs if v is not None and v.const_value is not None and v.const_value.size == 1
+    ]
+    return data[0] if len(data) == 1 and len(numbers) == 1 else query
 
 
 def _leads_to_matmul(value: ir.Value) -> bool:
@@ -143,6 +157,8 @@ def _find(model: ir.Model, slots: dict[str, Any], layer: str) -> CacheAttention 
     if head_size % 8:
         return f"head size {head_size} is not a multiple of 8"
     assert present_key is not None and present_value is not None and key is not None and value is not None
+    if key is value:
+        return "its new keys and values are one tensor"
     softmax = _follow(present_key, "Softmax")
     second = _follow(softmax.outputs[0], "MatMul", 3) if softmax is not None else None
     if softmax is None or second is None or softmax.inputs[0] is None:
@@ -150,12 +166,14 @@ def _find(model: ir.Model, slots: dict[str, Any], layer: str) -> CacheAttention 
     first, bias = _back_to_matmul(softmax.inputs[0])
     if first is None or bias is None or first.inputs[0] is None:
         return "its scores are not query times key plus a mask (sinks, soft caps)"
-    query, output = first.inputs[0], second.outputs[0]
+    query, output = _unscaled(first.inputs[0]), second.outputs[0]
     query_dims = fixed_dims(query)
     if len(query_dims) != 4 or query_dims[1] is None:
         query_dims = fixed_dims(output)
     if len(query_dims) != 4 or query_dims[1] is None or query_dims[1] % kv_heads:
         return "its query has no fixed number of heads"
+    if ancestors([bias, query], [present_key, present_value])[1]:
+        return "its mask or query is computed from the updated cache"
     if bias.shape is None or len(bias.shape) != 4:
         return "its mask is not of four axes"
     return CacheAttention(
@@ -208,7 +226,7 @@ def _replace(model: ir.Model, found: CacheAttention, scale: float) -> None:
     lengths, total_0d = add("Expand", [last, batch]), add("Squeeze", [total])
     out, present_key, present_value = add(
         "GroupQueryAttention",
-        [query, key, value, found.past_key, found.past_value, lengths, total_0d, None, None, None, found.bias],
+        [query, key, value, found.past_key, found.past_value, lengths, total_0d, *[None] * 3, found.bias],
         outputs=3, domain="com.microsoft", num_heads=found.heads, kv_num_heads=found.kv_heads, scale=scale,
     )  # fmt: skip
     out.name = f"{name}.output"

@@ -8,11 +8,19 @@ from .base import Pass, PassContext
 from .bfloat16_weights import BFloat16Weights
 from .cached_attention import CachedAttention
 from .library_fusions import LibraryFusions
+from .merge_reshapes import MergeReshapes
 from .unroll_experts import UnrollExperts
 
 PIPELINES: dict[str, tuple[type[Pass], ...]] = {
     "portable": (AttachRouter, BFloat16Weights),
-    "onnxruntime": (AttachRouter, CachedAttention, LibraryFusions, UnrollExperts, BFloat16Weights),
+    "onnxruntime": (
+        AttachRouter,
+        CachedAttention,
+        LibraryFusions,
+        MergeReshapes,
+        UnrollExperts,
+        BFloat16Weights,
+    ),
 }
 """Target → its passes. A pass may rely on those before it."""
 
