@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..graph.exact_rewrites import exact_rewrites
 from ..graph.functions import attach_functions
 from ..graph.moe_values import rename_moe_values
 from ..schema import Decision
@@ -27,7 +28,8 @@ class LibraryFusions(Pass):
         count = len(list(context.model.graph))
         # The fusions inline every function they find: our ops' bodies are put back afterwards.
         context.model.functions.clear()
-        fuse_for_onnxruntime(context.model, "cpu")
+        with exact_rewrites():
+            fuse_for_onnxruntime(context.model, "cpu")
         attach_functions(context.model, context.opset)
         rename_moe_values(context.model, context.layers)
         fused: dict[str, int] = {}
