@@ -40,8 +40,8 @@ def attach_functions(model: ir.Model, opset: int) -> None:
                 need("Dispatch", {"num_experts": full["num_experts"]})
                 need("GroupedMatMul", {"transposed": full["transposed"]})
                 need("Combine", {})
-    for key in [k for k in model.functions if k[0] == DOMAIN]:
-        del model.functions[key]
+    for identifier in [k for k in model.functions if k[0] == DOMAIN]:
+        del model.functions[identifier]
     for name in ("Dispatch", "GroupedMatMul", "Combine", "Router", "ExpertMLP"):
         if name in needed:
             function = ir.from_proto(OPS[name].function(needed[name][1], opset))

@@ -2,42 +2,52 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import ExportError
 from ..ops import DOMAIN
 from ..schema import MoELayer
+from .names import RESERVED, free_reserved_names, move_aside, named_values, nth_call
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def _rename(model: ir.Model, value: ir.Value, name: str) -> ir.Value:
-    """Name ``value``; through an Identity where it already carries a name others rely on."""
+def name_value(model: ir.Model, value: ir.Value, name: str) -> ir.Value:
+    """Name ``value``; through an Identity where it already carries a name that others rely on.
+
+    Returns the value that has the name.
+    """
     import onnx_ir as ir
 
-    taken = value.name is not None and value.name.startswith("moe.")
+    if value.name == name:
+        return value
+    taken = value.name is not None and RESERVED.match(value.name) is not None
     if not (taken or value.is_graph_input() or value.is_graph_output() or value.is_initializer()):
         value.name = name
         return value
     node = ir.node("Identity", [value])
     out = node.outputs[0]
     out.type, out.shape, out.name = value.type, value.shape, name
+    producer = value.producer()
     if value.is_graph_output():
-        # The inside keeps the moe name; the output is the copy.
-        inner = value.producer()
-        if inner is None:
+        # The inside keeps the moe name; the outputs are copies.
+        if producer is None:
             raise ExportError(f"graph output {value.name!r} is produced by nothing")
-        model.graph.insert_after(inner, node)
+        model.graph.insert_after(producer, node)
         old = value.name
         index = list(model.graph.outputs).index(value)
         value.name, out.name = name, old
         model.graph.outputs[index] = out
         return value
-    producer = value.producer()
     if producer is None:
-        model.graph.insert_before(next(iter(model.graph)), node)
+        first = next(iter(model.graph), None)
+        if first is None:
+            raise ExportError(f"{name}: the graph has no node")
+        model.graph.insert_before(first, node)
     else:
         model.graph.insert_after(producer, node)
     value.replace_all_uses_with(out)
@@ -52,63 +62,109 @@ def _consumer(value: ir.Value, op_type: str, domain: str) -> ir.Node | None:
     return None
 
 
-def _last_grouped_matmul(value: ir.Value) -> ir.Node | None:
-    """The GroupedMatMul that ``value`` comes from through nodes of one path of data."""
+@dataclass(frozen=True)
+class _Layer:
+    """The nodes and values of one MoE layer."""
+
+    dispatch: ir.Node
+    combine: ir.Node
+    first: ir.Node
+    """The GroupedMatMul that reads the tokens."""
+    last: ir.Node
+    """The GroupedMatMul whose rows are combined."""
+    hidden: ir.Value
+    expert_ids: ir.Value
+    weights: ir.Value
+    output: ir.Value
+
+
+def _layer_of(dispatch: ir.Node) -> _Layer:
+    """Follow a Dispatch to the other nodes of its layer.
+
+    Raises:
+        ExportError: the layer does not have the shape the hook gives it.
+    """
+    name = dispatch.attributes["layer"].as_string() if "layer" in dispatch.attributes else ""
+    combine = _consumer(dispatch.outputs[0], "Combine", DOMAIN)
+    gather = _consumer(dispatch.outputs[2], "Gather", "")
+    if combine is None or gather is None:
+        raise ExportError(f"MoE layer {name!r}: the graph lacks its token gather or its Combine")
+    ours = [n for n, _ in dispatch.outputs[1].uses() if n.domain == DOMAIN and n.op_type == "GroupedMatMul"]
+    first = _consumer(gather.outputs[0], "GroupedMatMul", DOMAIN)
+    last = _before(combine.inputs[0], ours)
+    found = (gather.inputs[0], dispatch.inputs[0], combine.inputs[2])
+    if first is None or last is None or None in found:
+        raise ExportError(f"MoE layer {name!r}: no GroupedMatMul between dispatch and combine")
+    hidden, ids, weights = (v for v in found if v is not None)
+    return _Layer(dispatch, combine, first, last, hidden, ids, weights, combine.outputs[0])
+
+
+def _before(value: ir.Value | None, nodes: Sequence[ir.Node]) -> ir.Node | None:
+    """The nearest of ``nodes`` that ``value`` is computed from."""
+    wanted = {id(n) for n in nodes}
     seen: set[int] = set()
     stack = [value]
     while stack:
-        node = stack.pop().producer()
+        current = stack.pop()
+        node = None if current is None else current.producer()
         if node is None or id(node) in seen:
             continue
-        seen.add(id(node))
-        if node.domain == DOMAIN and node.op_type == "GroupedMatMul":
+        if id(node) in wanted:
             return node
-        stack.extend(v for v in node.inputs if v is not None)
+        seen.add(id(node))
+        stack.extend(reversed(node.inputs))
     return None
 
 
+def _weight_shape(node: ir.Node, name: str) -> list[int]:
+    weight = node.inputs[1]
+    shape = None if weight is None else weight.shape
+    if shape is None or not all(isinstance(d, int) for d in shape):
+        raise ExportError(f"MoE layer {name!r}: the shape of its expert weights is not known")
+    return [int(d) for d in shape]  # type: ignore[arg-type]
+
+
+def _top_k(layer: _Layer, name: str) -> int:
+    for value in (layer.expert_ids, layer.weights):
+        if value.shape is not None and len(value.shape) == 2 and isinstance(value.shape[1], int):
+            return int(value.shape[1])
+    raise ExportError(f"MoE layer {name!r}: how many experts each token has is not known from its expert ids")
+
+
 def name_moe_values(model: ir.Model) -> tuple[MoELayer, ...]:
-    """Name hidden, expert ids, weights and output of each Dispatch in graph order.
+    """Name hidden, expert ids, weights and output of each Dispatch in graph order; number repeated layer
+    names.
 
     Raises:
-        ExportError: an MoE layer does not have the shape the hook gives it.
+        ExportError: an MoE layer does not have the shape the hook gives it, or an input or output has one of
+        the names.
     """
+    import onnx_ir as ir
+
+    free_reserved_names(model)
     layers = []
+    calls: Counter[str] = Counter()
     dispatches = [n for n in model.graph if n.domain == DOMAIN and n.op_type == "Dispatch"]
     for index, dispatch in enumerate(dispatches):
         name = dispatch.attributes["layer"].as_string() if "layer" in dispatch.attributes else ""
-        experts = dispatch.attributes["num_experts"].as_int()
-        ids, tokens = dispatch.inputs[0], dispatch.outputs[2]
-        combine = _consumer(dispatch.outputs[0], "Combine", DOMAIN)
-        gather = _consumer(tokens, "Gather", "")
-        if ids is None or combine is None or gather is None:
-            raise ExportError(f"MoE layer {name!r}: the traced graph lacks its token gather or its Combine")
-        first = _consumer(gather.outputs[0], "GroupedMatMul", DOMAIN)
-        rows, weights, hidden = combine.inputs[0], combine.inputs[2], gather.inputs[0]
-        assert rows is not None and weights is not None and hidden is not None
-        last = _last_grouped_matmul(rows)
-        if first is None or last is None:
-            raise ExportError(f"MoE layer {name!r}: no GroupedMatMul between dispatch and combine")
-        shapes = [[int(d) for d in node.inputs[1].shape] for node in (first, last)]  # type: ignore[union-attr]
-        transposed = first.attributes["transposed"].as_int()
-        hidden_size = shapes[0][1 if transposed else 2]
-        intermediate = shapes[1][1 if transposed else 2]
-        top_k = int(ids.shape[1]) if ids.shape is not None and isinstance(ids.shape[1], int) else 0
-        if not top_k and weights.shape is not None and isinstance(weights.shape[1], int):
-            top_k = int(weights.shape[1])
+        calls[name] += 1
+        name = nth_call(name, calls[name])
+        dispatch.attributes["layer"] = ir.AttrString("layer", name)
+        found = _layer_of(dispatch)
+        transposed = found.first.attributes["transposed"].as_int()
         prefix = f"moe.{index}"
         layers.append(
             MoELayer(
                 index=index,
                 name=name,
-                num_experts=experts,
-                top_k=top_k,
-                hidden_size=hidden_size,
-                intermediate_size=intermediate,
-                hidden=str(_rename(model, hidden, f"{prefix}.hidden").name),
-                expert_ids=str(_rename(model, ids, f"{prefix}.expert_ids").name),
-                weights=str(_rename(model, weights, f"{prefix}.weights").name),
-                output=str(_rename(model, combine.outputs[0], f"{prefix}.output").name),
+                num_experts=dispatch.attributes["num_experts"].as_int(),
+                top_k=_top_k(found, name),
+                hidden_size=_weight_shape(found.first, name)[1 if transposed else 2],
+                intermediate_size=_weight_shape(found.last, name)[1 if transposed else 2],
+                hidden=str(name_value(model, found.hidden, f"{prefix}.hidden").name),
+                expert_ids=str(name_value(model, found.expert_ids, f"{prefix}.expert_ids").name),
+                weights=str(name_value(model, found.weights, f"{prefix}.weights").name),
+                output=str(name_value(model, found.output, f"{prefix}.output").name),
             )
         )
     return tuple(layers)
@@ -116,14 +172,7 @@ def name_moe_values(model: ir.Model) -> tuple[MoELayer, ...]:
 
 def find_value(model: ir.Model, name: str) -> ir.Value | None:
     """The value called ``name`` in the main graph."""
-    for value in model.graph.inputs:
-        if value.name == name:
-            return value
-    for node in model.graph:
-        for value in node.outputs:
-            if value.name == name:
-                return value
-    return model.graph.initializers.get(name)
+    return next((v for n, v in named_values(model) if n == name), None)
 
 
 def rename_moe_values(model: ir.Model, layers: Sequence[MoELayer]) -> None:
@@ -138,28 +187,38 @@ def rename_moe_values(model: ir.Model, layers: Sequence[MoELayer]) -> None:
         if n.domain == DOMAIN and n.op_type == "Dispatch"
     }
     for layer in layers:
-        dispatch = dispatches.get(layer.name)
-        combine = _consumer(dispatch.outputs[0], "Combine", DOMAIN) if dispatch is not None else None
-        gather = _consumer(dispatch.outputs[2], "Gather", "") if dispatch is not None else None
-        if dispatch is None or combine is None or gather is None:
-            raise ExportError(
-                f"MoE layer {layer.name!r}: a rewrite removed its Dispatch, token gather or Combine"
-            )
-        found = {
-            layer.hidden: gather.inputs[0],
-            layer.expert_ids: dispatch.inputs[0],
-            layer.weights: combine.inputs[2],
-            layer.output: combine.outputs[0],
+        if layer.name not in dispatches:
+            raise ExportError(f"MoE layer {layer.name!r}: a rewrite removed its Dispatch")
+        found = _layer_of(dispatches[layer.name])
+        values = {
+            layer.hidden: found.hidden,
+            layer.expert_ids: found.expert_ids,
+            layer.weights: found.weights,
+            layer.output: found.output,
         }
-        router = dispatch.inputs[0].producer() if dispatch.inputs[0] is not None else None
+        router = _through_identity(found.expert_ids).producer()
         if layer.logits is not None and router is not None and router.op_type == "Router":
-            found[layer.logits] = router.inputs[0]
-        for name, value in found.items():
-            if value is None:
-                raise ExportError(f"MoE layer {layer.name!r}: {name} has no value after a rewrite")
-            if value.name == name:
-                continue
-            other = find_value(model, name)
-            if other is not None:
-                other.name = f"{name}.before"
-            _rename(model, value, name)
+            assert router.inputs[0] is not None
+            values[layer.logits] = router.inputs[0]
+        for name, value in values.items():
+            if not _carries(value, name):
+                move_aside(model, name)
+                name_value(model, value, name)
+
+
+def _through_identity(value: ir.Value) -> ir.Value:
+    node = value.producer()
+    while node is not None and node.op_type == "Identity" and node.inputs[0] is not None:
+        value = node.inputs[0]
+        node = value.producer()
+    return value
+
+
+def _carries(value: ir.Value, name: str) -> bool:
+    """Whether ``value`` or what it is a copy of has the name (a value shared by two layers has two names)."""
+    node = value.producer()
+    while value.name != name and node is not None and node.op_type == "Identity":
+        assert node.inputs[0] is not None
+        value = node.inputs[0]
+        node = value.producer()
+    return value.name == name

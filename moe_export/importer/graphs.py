@@ -216,4 +216,10 @@ def run_module(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, t
             raise UsageError(
                 f"{cls}: {name} is {type(value).__name__}; expected a tensor, or a tuple or dict of tensors"
             )
+        if name in inputs or not name:
+            raise UsageError(
+                f"{cls}: output {name!r} has the name of an input; an engine needs different names"
+                if name
+                else f"{cls}: an output has an empty name"
+            )
     return named

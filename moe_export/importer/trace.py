@@ -13,7 +13,9 @@ import torch
 from torch.utils._sympy.numbers import int_oo
 
 from ..errors import ExportError
+from ..graph.exact_rewrites import exact_rewrites
 from ..graph.functions import attach_functions
+from ..graph.names import move_aside
 from ..ops.torch_ops import translation_table
 from ..schema import ModelIO
 from .graphs import TracedGraph
@@ -139,7 +141,7 @@ def trace(plan: TracedGraph, opset: int) -> tuple[ir.Model, ModelIO]:
 
     shapes = _dynamic_shapes(plan.io)
     names = [spec.name for spec in plan.io.inputs]
-    with _quiet(), torch.no_grad(), library_patches():
+    with _quiet(), torch.no_grad(), library_patches(), exact_rewrites():
         dynamic = (*shapes[:2], tuple(shapes[2:])) if _has_rest(plan) else (tuple(shapes),)
         try:
             program = torch.export.export(plan.module, plan.sample, dynamic_shapes=dynamic, strict=False)
@@ -209,7 +211,7 @@ def _name_io(model: ir.Model, io: ModelIO) -> None:
     import onnx_ir as ir
 
     for value, spec in zip(model.graph.inputs, io.inputs, strict=True):
-        value.name = spec.name
+        _claim(model, value, spec.name)
         value.shape = ir.Shape(spec.shape)
     for index, (value, spec) in enumerate(zip(list(model.graph.outputs), io.outputs, strict=True)):
         if value.is_graph_input() or value.is_initializer() or value in list(model.graph.outputs)[:index]:
@@ -217,5 +219,11 @@ def _name_io(model: ir.Model, io: ModelIO) -> None:
             node.outputs[0].type = value.type
             model.graph.append(node)
             model.graph.outputs[index] = value = node.outputs[0]
-        value.name = spec.name
+        _claim(model, value, spec.name)
         value.shape = ir.Shape(spec.shape)
+
+
+def _claim(model: ir.Model, value: ir.Value, name: str) -> None:
+    """Name an input or output; anything inside the graph that has its name gets another."""
+    move_aside(model, name, keep=value)
+    value.name = name

@@ -135,7 +135,3 @@ def experts_as_ops(model: nn.Module) -> AbstractContextManager[None]:
     """Inside, every experts module of ``model`` runs as our ops; restored on exit."""
     return experts_run_by(model, HOOK_NAME, hook)
 
-
-def nth_call(name: str, number: int) -> str:
-    """Name of a layer's ``number``-th run in one forward of the model."""
-    return name if number == 1 else f"{name}#{number}"

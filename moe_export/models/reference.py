@@ -8,11 +8,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..graph.names import nth_call
 from ..schema import Manifest
 from ..trace import LayerTrace, TracedRun
 from .adapted import adapted_blocks, block_input
 from .adapters import MoEBlockSpec
-from .experts import LAYER_ATTRIBUTE, experts_run_by, nth_call
+from .experts import LAYER_ATTRIBUTE, experts_run_by
 from .library_blocks import Routed, library_blocks_watched
 
 if TYPE_CHECKING:
