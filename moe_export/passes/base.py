@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ExportError
-from ..graph.moe_values import find_value
+from ..graph.names import duplicate_names, named_values
+from ..ops import DOMAIN
 from ..schema import Decision, ModelIO, MoELayer
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Pass(ABC):
     """Shown in reports."""
 
     def apply(self, context: PassContext) -> None:
-        """Run the pass and check that inputs, outputs and MoE value names are still there.
+        """Run the pass and check that inputs, outputs, MoE values and function bodies are still there.
 
         Raises:
             ExportError: the pass broke an invariant (a defect of moe-export); names which.
@@ -51,12 +52,30 @@ class Pass(ABC):
         ):
             if [s.name for s in specs] != [v.name for v in values]:
                 raise ExportError(f"pass {self.name!r} changed the model's {kind}s")
+        if doubled := duplicate_names(context.model):
+            raise ExportError(f"pass {self.name!r} gave the name {doubled[0]!r} to two values")
+        self._check_layers(context)
+        self._check_functions(context)
+
+    def _check_layers(self, context: PassContext) -> None:
+        """Every value of every MoE layer is there, in the dtype verification reads."""
+        values = dict(named_values(context.model))
         for layer in context.layers:
-            for value in (layer.hidden, layer.expert_ids, layer.weights, layer.output):
-                if find_value(context.model, value) is None:
+            for name in (layer.hidden, layer.expert_ids, layer.weights, layer.output, layer.logits):
+                if name is not None and name not in values:
                     raise ExportError(
-                        f"pass {self.name!r} lost the value {value!r} of MoE layer {layer.name!r}"
+                        f"pass {self.name!r} lost the value {name!r} of MoE layer {layer.name!r}"
                     )
+            dtype = values[layer.expert_ids].dtype
+            if dtype is not None and dtype.name not in ("INT32", "INT64"):
+                raise ExportError(f"pass {self.name!r} made {layer.expert_ids!r} {dtype.name}, no integers")
+
+    def _check_functions(self, context: PassContext) -> None:
+        """Every op of ours has its body in the model, so that any runtime executes it."""
+        held = {(key[0], key[1]) for key in context.model.functions}
+        for node in context.model.graph.all_nodes():
+            if node.domain == DOMAIN and (node.domain, node.op_type) not in held:
+                raise ExportError(f"pass {self.name!r} left a {node.op_type} node without its function body")
 
     @abstractmethod
     def _run(self, context: PassContext) -> None:
