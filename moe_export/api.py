@@ -234,6 +234,7 @@ def _gather_evidence(
             "batch": config.bench_batches,
             "sequence": config.bench_sequences,
             "rounds": config.bench_rounds,
+            "baselines": config.bench_baselines,
         }
         measured = bench_bundle(
             writer.path,

@@ -18,6 +18,13 @@ TARGETS: tuple[str, ...] = ("onnxruntime", "portable")
 EXPERT_LOWERINGS: tuple[str, ...] = ("auto", "unrolled", "loop")
 OPSETS: tuple[int, ...] = (20, 21, 22, 24)
 DEFAULT_OPSET = 20
+BASELINES: tuple[str, ...] = (
+    "pytorch-eager",
+    "torch-compile",
+    "transformers-onnx",
+    "transformers-onnx-fused",
+)
+"""Ways to run the same model without moe-export; :mod:`moe_export.bench` runs them."""
 _OPSET_REASONS = {
     23: "ONNX Runtime's RotaryEmbedding of opset 23 is broken for these graphs",
 }
@@ -59,6 +66,8 @@ class BuildConfig:
     """Sequence lengths to measure; None = the bench's own."""
     bench_rounds: int | None = None
     """Rounds per measurement; None = the bench's own."""
+    bench_baselines: tuple[str, ...] | None = None
+    """What the engine is measured against, of :data:`BASELINES`; None = all."""
 
     def __post_init__(self) -> None:
         for name in ("verify", "bench", "overwrite", "trust_remote_code"):
@@ -81,6 +90,12 @@ class BuildConfig:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, _sizes(name, value))
+        if self.bench_baselines is not None:
+            if not isinstance(self.bench_baselines, (list, tuple)):
+                raise UsageError(f"bench_baselines: expected a list of names, got {self.bench_baselines!r}")
+            for name in self.bench_baselines:
+                _check_choice("bench_baselines", name, BASELINES)
+            object.__setattr__(self, "bench_baselines", tuple(self.bench_baselines))
         if self.bench and self.max_batch is not None:
             _check_below("bench_batches", self.bench_batches, "max_batch", self.max_batch)
         if self.bench and self.max_sequence is not None:
@@ -97,6 +112,7 @@ _PLACES: dict[str, tuple[str, str]] = {
     "bench_batches": ("bench", "batch"),
     "bench_sequences": ("bench", "sequence"),
     "bench_rounds": ("bench", "rounds"),
+    "bench_baselines": ("bench", "baselines"),
 }
 """Field → its table and key in a configuration file."""
 _FLAG_ONLY = "trust_remote_code"

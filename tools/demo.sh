@@ -13,7 +13,7 @@ run() {
     "$@"
 }
 
-run moe-export build "$model" -o "$bundle" --overwrite
+run moe-export build "$model" -o "$bundle" --overwrite --config tools/demo.toml
 run moe-export verify "$bundle"
 run moe-export run "$bundle" --max-new-tokens 160 --temperature 0.8 --seed 7 \
     --prompt $'class Reader:\n    def __init__(self, path):\n        self.path = path\n        self.'
