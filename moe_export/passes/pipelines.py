@@ -9,6 +9,7 @@ from .bfloat16_weights import BFloat16Weights
 from .cached_attention import CachedAttention
 from .library_fusions import LibraryFusions
 from .merge_reshapes import MergeReshapes
+from .mixed_norms import SplitMixedNorms
 from .unroll_experts import UnrollExperts
 
 PIPELINES: dict[str, tuple[type[Pass], ...]] = {
@@ -17,6 +18,7 @@ PIPELINES: dict[str, tuple[type[Pass], ...]] = {
         AttachRouter,
         CachedAttention,
         LibraryFusions,
+        SplitMixedNorms,
         MergeReshapes,
         UnrollExperts,
         BFloat16Weights,
