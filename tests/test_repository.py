@@ -72,6 +72,29 @@ def test_no_open_ends() -> None:
     assert found == []
 
 
+def broken_links(path: Path, text: str) -> list[str]:
+    """Relative link targets in Markdown ``text`` (of the file ``path``) that do not exist."""
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", prose)
+    return [
+        t
+        for t in targets
+        if "://" not in t and not t.startswith("mailto:") and not (path.parent / t).exists()
+    ]
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    found = {
+        str(path.relative_to(ROOT)): broken
+        for path in tracked("*.md")
+        if (broken := broken_links(path, path.read_text(encoding="utf-8")))
+    }
+    assert found == {}
+    assert broken_links(ROOT / "README.md", "see [this](docs/no-such-page.md#part)") == [
+        "docs/no-such-page.md"
+    ]
+
+
 def test_packaged_data_files_are_in_the_package() -> None:
     """Data that the code reads at run time is found beside it, from a checkout and from a wheel alike."""
     assert (ROOT / "moe_export" / "py.typed").is_file()
