@@ -1,8 +1,8 @@
 """The one error family of moe-export.
 
-Every error a user can cause is a :class:`MoeExportError`. Its message names the file, field or tensor, says what was
-expected, and how to fix it. The command line prints the message without a traceback (``--debug`` shows it) and exits
-with :attr:`MoeExportError.exit_code`.
+Every error a user can cause is a :class:`MoeExportError`. Its message names the file, field or tensor, says
+what was expected, and how to fix it. The command line prints the message without a traceback (``--debug``
+shows it) and exits with :attr:`MoeExportError.exit_code`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a run leaves behind per MoE layer; produced by engines and by source models alike, so they can be compared."""
+"""What a run leaves behind per MoE layer, from engines and source models alike, for comparing them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 class LayerTrace:
     """One MoE layer in one run. T tokens in the model's own order (row-major over batch, then sequence).
 
-    ``expert_ids`` int32 [T, K] (-1 = dropped), ``weights`` float32 [T, K], ``hidden`` and ``output`` float32 [T, H],
-    ``logits`` float32 [T, E] where known.
+    ``expert_ids`` int32 [T, K] (-1 = dropped), ``weights`` float32 [T, K], ``hidden`` and ``output`` float32
+    [T, H], ``logits`` float32 [T, E] where known.
     """
 
     index: int
@@ -40,6 +40,6 @@ class Reference(Protocol):
 
     def run(self, inputs: dict[str, NDArray[np.generic]]) -> TracedRun:
         """One full forward. Text models take ``input_ids`` and ``attention_mask`` [batch, sequence] (and
-        ``decoder_input_ids``), positions are derived from the mask; outputs carry the engine's output names without
-        caches."""
+        ``decoder_input_ids``), positions are derived from the mask; outputs carry the engine's output names
+        without caches."""
         ...

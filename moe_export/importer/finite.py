@@ -104,7 +104,7 @@ def _scan(path: Path, entry: HeaderEntry, advance: Any) -> _Fault:
 
 
 def _fill(stream: Any, block: NDArray[np.uint8], path: Path) -> None:
-    view = memoryview(block)
+    view = memoryview(block.data)
     while view:
         count = stream.readinto(view)
         if not count:

@@ -92,15 +92,15 @@ def reference(
         group_score=group_score,
         group_mask=group_mask,
     )
-    ids = np.argsort(-selection, axis=-1, kind="stable")[:, :top_k]
-    weights = np.take_along_axis(scores, ids, axis=-1)
+    ids_64 = np.argsort(-selection, axis=-1, kind="stable")[:, :top_k]
+    weights = np.take_along_axis(scores, ids_64, axis=-1)
     if score == "softmax_after_topk" and weights.size:
         exponent = np.exp(weights - weights.max(axis=-1, keepdims=True))
         weights = exponent / exponent.sum(axis=-1, keepdims=True)
     if renormalize:
         weights = weights / (weights.sum(axis=-1, keepdims=True) + epsilon)
     weights = weights * scale
-    ids = ids.astype(np.int32)
+    ids: NDArray[np.int32] = ids_64.astype(np.int32)
     if capacity:
         run = max(sequence_length or ids.shape[0], 1)
         for begin in range(0, ids.shape[0], run):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..errors import UsageError, choices_text
 from ..ops import DOMAIN, OPS, VERSION
 from ..schema import Alternative, Decision
 from .base import Pass, PassContext
+from .unrolled_matmul import Unroller
 
 if TYPE_CHECKING:
     import onnx
@@ -22,6 +24,7 @@ NODE_LIMIT = 20_000
 """Expert MatMul nodes of a whole model above which unrolling is refused: the load time grows with the
 nodes."""
 TOKENS = (1, 64)
+LOWERINGS = ("auto", "unrolled", "loop")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class _Kind:
     rows: int
     transposed: bool
     top_k: int
+    dtype: str
 
 
 class UnrollExperts(Pass):
@@ -43,7 +47,10 @@ class UnrollExperts(Pass):
 
     def _run(self, context: PassContext) -> None:
         graph = context.model.graph
+        unroller = Unroller(graph)
         wanted = str(context.options.get("expert_lowering", "auto"))
+        if wanted not in LOWERINGS:
+            raise UsageError(f"expert_lowering: unknown value {wanted!r}; {choices_text(wanted, LOWERINGS)}")
         threads = context.options.get("threads")
         top_k = {layer.name: layer.top_k for layer in context.layers}
         nodes = [n for n in graph if n.domain == DOMAIN and n.op_type == "GroupedMatMul"]
@@ -61,7 +68,7 @@ class UnrollExperts(Pass):
             if verdict.choice == "unrolled" and weight.const_value is None:
                 verdict = Decision("", "loop", "the weight is computed in the graph, not a constant")
             if verdict.choice == "unrolled":
-                _unroll(graph, node, kind)
+                unroller.unroll(node, drops=bool(_dispatch_of(node).attributes["drops"].as_int()))
             context.decisions.append(
                 Decision(subject, verdict.choice, verdict.reason, verdict.alternatives, verdict.measured_ms)
             )
@@ -75,12 +82,16 @@ def _experts(node: ir.Node) -> int:
 
 
 def _kind(node: ir.Node, top_k: int) -> _Kind:
+    import onnx_ir as ir
+
     weight = node.inputs[1]
     assert weight is not None and weight.shape is not None
     experts, a, b = (int(d) for d in weight.shape)  # type: ignore[arg-type]
     transposed = bool(node.attributes["transposed"].as_int())
     rows, columns = (a, b) if transposed else (b, a)
-    return _Kind(experts, columns, rows, transposed, top_k)
+    data = node.inputs[0]
+    dtype = "float16" if data is not None and data.dtype == ir.DataType.FLOAT16 else "float32"
+    return _Kind(experts, columns, rows, transposed, top_k, dtype)
 
 
 def _dispatch_of(node: ir.Node) -> ir.Node:
@@ -147,7 +158,7 @@ def _measure(kind: _Kind, opset: int, threads: int | None) -> dict[str, dict[str
     for tokens in TOKENS:
         ids = np.stack([rng.permutation(kind.experts)[: kind.top_k] for _ in range(tokens)]).astype(np.int32)
         _, offsets, _ = OPS["Dispatch"].reference(ids, kind.experts)
-        feed = {"rows": rng.standard_normal((ids.size, kind.rows)).astype(np.float32), "offsets": offsets}
+        feed = {"rows": rng.standard_normal((ids.size, kind.rows)).astype(kind.dtype), "offsets": offsets}
         samples: dict[str, list[float]] = {form: [] for form in sessions}
         for turn in range(9):
             for form, session in sessions.items():
@@ -165,6 +176,7 @@ def _probe(kind: _Kind, form: str, opset: int) -> onnx.ModelProto:
     import numpy as np
     import onnx_ir as ir
 
+    dtype = ir.DataType.FLOAT16 if kind.dtype == "float16" else ir.DataType.FLOAT
     shape = (
         (kind.experts, kind.rows, kind.columns)
         if kind.transposed
@@ -173,18 +185,18 @@ def _probe(kind: _Kind, form: str, opset: int) -> onnx.ModelProto:
     weight = ir.Value(
         name="weight",
         const_value=ir.tensor(
-            np.random.default_rng(1).standard_normal(shape, dtype=np.float32) * np.float32(0.02)
+            (np.random.default_rng(1).standard_normal(shape, dtype=np.float32) * 0.02).astype(kind.dtype)
         ),
     )
-    weight.dtype, weight.shape = ir.DataType.FLOAT, ir.Shape(shape)
-    rows = ir.Value(name="rows", shape=ir.Shape(["m", kind.rows]), type=ir.TensorType(ir.DataType.FLOAT))
+    weight.dtype, weight.shape = dtype, ir.Shape(shape)
+    rows = ir.Value(name="rows", shape=ir.Shape(["m", kind.rows]), type=ir.TensorType(dtype))
     offsets = ir.Value(
         name="offsets", shape=ir.Shape([kind.experts + 1]), type=ir.TensorType(ir.DataType.INT64)
     )
     attributes = {"transposed": int(kind.transposed)}
     node = ir.node("GroupedMatMul", [rows, weight, offsets], attributes=attributes, domain=DOMAIN)
     out = node.outputs[0]
-    out.name, out.dtype, out.shape = "out", ir.DataType.FLOAT, ir.Shape(["m", kind.columns])
+    out.name, out.dtype, out.shape = "out", dtype, ir.Shape(["m", kind.columns])
     graph = ir.Graph(
         [rows, offsets],
         [out],
@@ -195,109 +207,13 @@ def _probe(kind: _Kind, form: str, opset: int) -> onnx.ModelProto:
     )
     model = ir.Model(graph, ir_version=10)
     if form == "unrolled":
-        _unroll(graph, node, kind, drops=False)
+        Unroller(graph).unroll(node, drops=False)
     else:
         function = ir.from_proto(OPS["GroupedMatMul"].function(attributes, opset))
         model.functions[function.identifier()] = function
     _drop_unused(model)
     proto: Any = ir.to_proto(model)
-    return proto  # type: ignore[no-any-return]
-
-
-def _unroll(graph: ir.Graph, node: ir.Node, kind: _Kind, drops: bool | None = None) -> None:
-    """Split the rows by expert, multiply each part with its expert's matrix, concatenate.
-
-    A part of no rows costs one call that returns at once. Dropped assignments come first and give zero rows.
-    """
-    import numpy as np
-    import onnx_ir as ir
-
-    rows, weight, offsets = node.inputs
-    assert rows is not None and weight is not None and offsets is not None and weight.const_value is not None
-    if drops is None:
-        drops = bool(_dispatch_of(node).attributes["drops"].as_int())
-    dtype = rows.dtype
-    tape: list[ir.Node] = []
-
-    def add(op: str, inputs: list[ir.Value | None], outputs: int = 1, **attributes: Any) -> list[ir.Value]:
-        made = ir.node(op, inputs, attributes=attributes, num_outputs=outputs)
-        tape.append(made)
-        return list(made.outputs)
-
-    def constant(name: str, values: list[int]) -> ir.Value:
-        existing = graph.initializers.get(name)
-        if existing is not None:
-            return existing
-        array = np.asarray(values, np.int64)
-        value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-        value.dtype, value.shape = ir.DataType.INT64, ir.Shape(array.shape)
-        graph.register_initializer(value)
-        return value
-
-    sizes = _part_sizes(offsets, drops, rows, add, constant)
-    count = kind.experts + (2 if drops else 0)
-    parts = add("Split", [rows, sizes], outputs=count, axis=0) if count > 1 else [rows]
-    array = weight.const_value.numpy()
-    products: list[ir.Value | None] = []
-    for index, part in enumerate(parts):
-        expert = index - 1 if drops else index
-        if not 0 <= expert < kind.experts:
-            (length,) = add("Shape", [part], start=0, end=1)
-            (shape,) = add("Concat", [length, constant(f"moe.const.{kind.columns}", [kind.columns])], axis=0)
-            zeros = ir.tensor(np.zeros(1, array.dtype))
-            (product,) = add("ConstantOfShape", [shape], value=zeros)
-        else:
-            matrix = array[expert] if kind.transposed else array[expert].T
-            name = f"{weight.name}.{expert}"
-            held = graph.initializers.get(name)
-            if held is None:
-                held = ir.Value(name=name, const_value=ir.tensor(np.ascontiguousarray(matrix), name=name))
-                held.dtype, held.shape = weight.dtype, ir.Shape(matrix.shape)
-                graph.register_initializer(held)
-            (product,) = add("MatMul", [part, held])
-        product.dtype = dtype
-        products.append(product)
-    (joined,) = add("Concat", products, axis=0) if len(products) > 1 else [products[0]]
-    old = node.outputs[0]
-    joined.dtype, joined.shape = old.dtype, old.shape
-    graph.insert_before(node, tape)
-    name = old.name
-    old.replace_all_uses_with(joined, replace_graph_outputs=True)
-    old.name, joined.name = f"{name}.op", name
-    graph.remove(node, safe=True)
-
-
-def _part_sizes(
-    offsets: ir.Value,
-    drops: bool,
-    rows: ir.Value,
-    add: Callable[..., list[ir.Value]],
-    constant: Callable[[str, list[int]], ir.Value],
-) -> ir.Value:
-    """Rows per expert, with those before and after the experts' when ``drops``; shared by a layer's
-    matmuls."""
-    name = f"{offsets.name}.sizes"
-    for user, _ in offsets.uses():
-        if user.op_type == "Slice" and user.outputs[0].name == f"{name}.starts":
-            (found,) = [n.outputs[0] for n, _ in user.outputs[0].uses() if n.op_type == "Sub"]
-            wider = [
-                n.outputs[0] for n, _ in found.uses() if n.op_type == "Concat" and n.outputs[0].name == name
-            ]
-            return wider[0] if drops else found
-    zero, one = constant("moe.const.0", [0]), constant("moe.const.1", [1])
-    minus_one, far = constant("moe.const.-1", [-1]), constant("moe.const.max", [2**62])
-    (starts,) = add("Slice", [offsets, zero, minus_one, zero])
-    starts.name = f"{name}.starts"
-    (ends,) = add("Slice", [offsets, one, far, zero])
-    (sizes,) = add("Sub", [ends, starts])
-    if drops:
-        (first,) = add("Slice", [offsets, zero, one, zero])
-        (last,) = add("Slice", [offsets, minus_one, far, zero])
-        (all_rows,) = add("Shape", [rows], start=0, end=1)
-        (rest,) = add("Sub", [all_rows, last])
-        (sizes,) = add("Concat", [first, sizes, rest], axis=0)
-        sizes.name = name
-    return sizes
+    return proto
 
 
 def _drop_unused(model: ir.Model) -> None:

@@ -83,7 +83,7 @@ class SharedCache(CacheBuffers):
     """
 
     def __init__(self, specs: Sequence[TensorSpec], batch: int, room: int = 64) -> None:
-        """``specs``: the cache inputs, each with its ``pair`` and a ``past`` axis. ``room``: tokens at first."""
+        """``specs``: the cache inputs, each with ``pair`` and a ``past`` axis. ``room``: tokens at first."""
         self._specs = [(spec, str(spec.pair), spec.shape.index("past")) for spec in specs]
         self._batch = batch
         self._room = room
