@@ -7,6 +7,7 @@ from ..graph.functions import attach_functions
 from ..graph.moe_values import rename_moe_values
 from ..schema import Decision
 from .base import Pass, PassContext
+from .mixed_norms import bias_kept
 
 
 class LibraryFusions(Pass):
@@ -28,7 +29,7 @@ class LibraryFusions(Pass):
         count = len(list(context.model.graph))
         # The fusions inline every function they find: our ops' bodies are put back afterwards.
         context.model.functions.clear()
-        with exact_rewrites():
+        with exact_rewrites(), bias_kept():
             fuse_for_onnxruntime(context.model, "cpu")
         attach_functions(context.model, context.opset)
         rename_moe_values(context.model, context.layers)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from ..errors import EnvironmentLacksError
 from ..schema import Decision
 from .base import Pass, PassContext
 
@@ -22,25 +25,59 @@ class SplitMixedNorms(Pass):
     name = "split-mixed-norms"
 
     def _run(self, context: PassContext) -> None:
-        mixed = [node for node in context.model.graph if _is_mixed(node)]
-        for node in mixed:
-            _split(context.model.graph, node)
-        if mixed:
+        count = split_mixed_norms(context.model)
+        if count:
             context.decisions.append(
                 Decision(
                     "norms with a float32 weight",
-                    f"sum and norm apart: {len(mixed)}",
+                    f"sum and norm apart: {count}",
                     "ONNX Runtime's SkipSimplifiedLayerNormalization takes one dtype only",
                 )
             )
 
 
+def split_mixed_norms(model: ir.Model) -> int:
+    """Split every fused sum and norm of several dtypes; how many there were."""
+    mixed = [node for node in model.graph if _is_mixed(node)]
+    for node in mixed:
+        _split(model.graph, node)
+    return len(mixed)
+
+
+@contextmanager
+def bias_kept() -> Iterator[None]:
+    """Inside, transformers' fusions split mixed norms with :func:`split_mixed_norms`.
+
+    Their own step forgets the bias of the sum (the node's fourth input): the engine then computes without the
+    bias of the projection before the norm.
+
+    Raises:
+        EnvironmentLacksError: this transformers does not have the step where it is known to be.
+    """
+    import transformers
+    from transformers.exporters import onnxruntime_fusions as fusions
+
+    before = getattr(fusions, "_STEPS", ())
+    step = getattr(fusions, "_unfuse_mixed_dtype_skip_norms", None)
+    if step is None or not any(entry[0] is step for entry in before):
+        raise EnvironmentLacksError(
+            f"transformers {transformers.__version__} is not one whose fusions moe-export knows; install the "
+            "version in constraints.txt"
+        )
+    vars(fusions)["_STEPS"] = tuple(
+        (split_mixed_norms, *entry[1:]) if entry[0] is step else entry for entry in before
+    )
+    try:
+        yield
+    finally:
+        vars(fusions)["_STEPS"] = before
+
+
 def _is_mixed(node: ir.Node) -> bool:
     if node.op_type != "SkipSimplifiedLayerNormalization":
         return False
-    value, _, weight = node.inputs[:3]
-    assert value is not None and weight is not None
-    return value.dtype is not None and weight.dtype is not None and value.dtype != weight.dtype
+    dtypes = {value.dtype for value in node.inputs[:3] if value is not None and value.dtype is not None}
+    return len(dtypes) > 1
 
 
 def _split(graph: ir.Graph, node: ir.Node) -> None:
