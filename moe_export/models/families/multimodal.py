@@ -54,6 +54,7 @@ MULTIMODAL: tuple[Family, ...] = (
                                 rope_parameters={"rope_type": "default", "mrope_section": [2, 1, 1],
                                                  "rope_theta": 10000.0}),
             "vision_config": _VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+            "vision_start_token_id": 3,
             "audio_config": {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2,
                              "encoder_ffn_dim": 32,
                              "num_mel_bins": 16, "output_dim": 32, "downsample_hidden_size": 8}},

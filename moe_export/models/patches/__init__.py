@@ -25,18 +25,21 @@ PATCHES: dict[str, str] = {
     "doge": "doge",
     "glm5_next": "delta_rule",
     "granitemoehybrid": "mamba",
+    "inkling2": "inkling2",
     "jamba": "mamba",
     "jetmoe": "jetmoe",
     "kimi_linear": "delta_rule",
     "llama4": "llama4",
     "longcat_flash": "longcat_flash",
     "minimax": "minimax",
+    "minimax_m3_vl": "minimax_m3_vl",
     "nemotron_h": "mamba",
     "qwen3_5_moe": "delta_rule",
     "qwen3_next": "delta_rule",
     "qwen4_exp": "delta_rule",
     "step3p7": "step3p7",
     "switch_transformers": "switch_transformers",
+    "zaya": "zaya",
 }
 """Family name → module of this package with its ``patch``, its ``BLOCKS``, or both."""
 
@@ -56,11 +59,15 @@ def family_blocks(model: nn.Module) -> dict[str, LibraryBlock]:
 
 @contextmanager
 def family_patches(family: str | None, model: nn.Module) -> Iterator[None]:
-    """Activate the family's patch, if it has one, and run its own MoE blocks as our ops."""
+    """Activate the family's patch, if it has one, and run its own MoE blocks as our ops; constants stay
+    exact.
+    """
     from ..library_blocks import library_blocks_as_ops
+    from .exact_constants import exact_constants
 
     patch = getattr(_module_of(family), "patch", None)
     with ExitStack() as stack:
+        stack.enter_context(exact_constants())
         if patch is not None:
             stack.enter_context(patch(model))
         stack.enter_context(library_blocks_as_ops(model))
