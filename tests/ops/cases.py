@@ -1,4 +1,4 @@
-"""Inputs of each op: ordinary ones and edges (no token, one expert, every expert, dropped and foreign ids)."""
+"""Inputs of each op: ordinary ones and edges: no token, one expert, all experts, dropped and foreign ids."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def randoms(dtype: str, *shape: int, seed: int = 0) -> NDArray[Any]:
 
 
 def router_inputs(attributes: dict[str, Any], dtype: str, tokens: int, experts: int = 8) -> dict[str, Any]:
-    """Logits whose order float32 cannot change: distinct multiples of 1/8, shuffled per token, or all equal."""
+    """Logits whose order float32 cannot change: other multiples of 1/8, shuffled per token, or all equal."""
     rng = np.random.default_rng([tokens, experts])
     rows = np.stack([rng.permutation(experts) for _ in range(tokens)]) if tokens else np.zeros((0, experts))
     logits = (rows / 8.0 - rng.integers(0, 3, (tokens, 1))) * (1 + rng.integers(0, 2, (tokens, 1)))
