@@ -1,6 +1,7 @@
-"""The ONNX optimizer takes a constant within 1e-8 of zero for zero and drops ``x + 1e-8``, an epsilon of
-some norms, and takes one within 1e-5 of one for one. Here only the constant itself, up to float32 rounding, matches a pattern."""
-
+"""The ONNX optimizer takes a constant within 1e-8 of zero for zero and drops ``x + 1e-8``, an epsilon of some
+norms, and takes one within 1e-5 of one for one. Here only the constant itself, up to float32 rounding,
+matches.
+"""
 from __future__ import annotations
 
 import math

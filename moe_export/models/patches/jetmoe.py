@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...ops.torch_ops import torch_ops
 from ..adapters import StackedExperts
 from ..library_blocks import LibraryBlock, Routed
 
@@ -46,27 +47,30 @@ BLOCKS = {"JetMoeMoE": LibraryBlock(_stack, _forward, _routed, _activate)}
 
 
 def _attention_experts(experts: Any) -> tuple[Any, Any]:
-    """``map`` (hidden to queries) and ``reduce`` (attention output to hidden): dense over the few experts.
+    """``map`` (hidden to the queries of each token's K experts) and ``reduce`` (attention output to hidden).
 
-    Every token's queries are computed for each of its K experts by gathering that expert's matrix: attention
-    experts are small, and their rows must return to token order between the two projections.
+    Rows are sorted by expert, multiplied per expert, and put back into token order, once on each side of
+    attention.
     """
+    matmul = torch_ops().grouped_matmul
 
     def map_(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
         flat = hidden.reshape(-1, hidden.shape[-1])
         ids, weights = _choose(experts.router, flat)
-        every = torch.einsum("th,eoh->teo", flat, experts.input_linear.weight)
-        queries = every.gather(1, ids.unsqueeze(-1).expand(-1, -1, every.shape[-1]))
-        return queries.reshape(*hidden.shape[:2], experts.top_k, -1), flat, (ids, weights)
+        owner = ids.reshape(-1)
+        order = torch.argsort(owner)
+        offsets = (owner.unsqueeze(0) < torch.arange(experts.num_experts + 1).unsqueeze(1)).sum(dim=1)
+        back = torch.argsort(order)
+        rows = flat[torch.div(order, experts.top_k, rounding_mode="floor")]
+        queries = matmul(rows, experts.input_linear.weight, offsets, False)[back]
+        return queries.reshape(*hidden.shape[:2], experts.top_k, -1), flat, (order, back, offsets, weights)
 
     def reduce(rows: torch.Tensor, chosen: Any) -> torch.Tensor:
-        ids, weights = chosen
-        flat = rows.reshape(-1, experts.top_k, rows.shape[-1])
-        share = torch.zeros(flat.shape[0], experts.num_experts, experts.top_k, dtype=flat.dtype)
-        share = share.scatter(1, ids.unsqueeze(1), weights.unsqueeze(1))
-        mixed = torch.matmul(share, flat)
-        out = torch.einsum("teo,eho->th", mixed, experts.output_linear.weight)
-        return out.reshape(*rows.shape[:2], -1) + experts.bias
+        order, back, offsets, weights = chosen
+        flat = rows.reshape(-1, rows.shape[-1])
+        out = matmul(flat[order], experts.output_linear.weight, offsets, False)[back]
+        out = out.reshape(-1, experts.top_k, out.shape[-1]) * weights.unsqueeze(-1)
+        return out.sum(dim=1).reshape(*rows.shape[:2], -1) + experts.bias
 
     return map_, reduce
 

@@ -17,8 +17,8 @@ def _forward_of(cca: Any, _name: str) -> Any:
     repeat = modeling_module(cca).repeat_kv
     if cca.v_proj_delayed.bias is not None:
         raise UnsupportedModelError(
-            "zaya with attention_bias: its first token sees a bias as its past value, which an empty past of zeros "
-            "cannot hold"
+            "zaya with attention_bias: its first token sees a bias as its past value, which an empty past of "
+            "zeros cannot hold"
         )
 
     def forward(
