@@ -30,7 +30,7 @@ INNER = {"ExpertMLP": ("Dispatch", "GroupedMatMul", "Combine")}
 def onnx_model(
     name: str, attributes: Mapping[str, Any], dtypes: Mapping[str, str], opset: int
 ) -> onnx.ModelProto:
-    """A model with one node of op ``name``; ``dtypes`` says which inputs there are; all dimensions are free."""
+    """A model with one node of op ``name``; ``dtypes`` says which inputs there are, all dimensions free."""
     op = OPS[name]
     full = op.complete(attributes)
     given = [p for p in op.inputs if p.name in dtypes]
