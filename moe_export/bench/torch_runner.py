@@ -114,7 +114,7 @@ class TorchRunner(Runner):
             parameters = forward_parameters(self.loaded.module)
             extra: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
             out = self._call(**{k: v for k, v in tensors.items() if k in parameters}, **extra)
-        return out["logits" if self._task == "text-generation" else "last_hidden_state"]
+        return out[next(n for n in ("logits", "last_hidden_state") if n in out)]
 
     def numpy(self, result: Any) -> NDArray[np.float32]:
         array: NDArray[np.float32] = result.detach().float().cpu().numpy()

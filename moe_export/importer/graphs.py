@@ -146,8 +146,16 @@ def vocab_out(model: PreTrainedModel) -> int:
     return int(head.weight.shape[0]) if head is not None else vocabulary(model)
 
 
+def feature_output(model: PreTrainedModel, results: Any) -> str:
+    """What feature extraction reads from a model's ``results``: hidden states, or a classifier's logits."""
+    classifier = model.get_output_embeddings() is None and "logits" in results
+    return "logits" if classifier and "last_hidden_state" not in results else "last_hidden_state"
+
+
 def plain_graph(model: PreTrainedModel, output: str, *, encoder_decoder: bool = False) -> TracedGraph:
-    """Trace plan without cache: ``output`` is ``logits`` or ``last_hidden_state``."""
+    """Trace plan without cache: ``output`` is ``logits`` or ``last_hidden_state``; a classifier without a
+    language-model head gives its ``logits`` instead of hidden states.
+    """
     inputs = [
         TensorSpec("input_ids", "int64", ("batch", "sequence"), "token_ids"),
         TensorSpec("attention_mask", "int64", ("batch", "sequence"), "mask"),
@@ -164,7 +172,9 @@ def plain_graph(model: PreTrainedModel, output: str, *, encoder_decoder: bool = 
     extra: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
     with torch.no_grad():
         names = tuple(spec.name for spec in inputs)
-        result = model(**dict(zip(names, sample, strict=True)), **extra)[output]
+        results = model(**dict(zip(names, sample, strict=True)), **extra)
+    output = feature_output(model, results) if output == "last_hidden_state" else output
+    result = results[output]
     role = "logits" if output == "logits" else "hidden"
     outputs = (TensorSpec(output, _numpy_name(result.dtype), ("batch", length, int(result.shape[-1])), role),)
     return TracedGraph(

@@ -135,7 +135,7 @@ class ReferenceModel:
         return TracedRun(outputs=numbers, layers=tuple(recorder.layers))
 
     def _run_library(self, model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        from ..importer.graphs import forward_parameters
+        from ..importer.graphs import feature_output, forward_parameters
 
         parameters = forward_parameters(model)
         if (
@@ -146,7 +146,8 @@ class ReferenceModel:
             tensors["position_ids"] = positions_from_mask(tensors["attention_mask"])
         extra: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
         result = model(**{k: v for k, v in tensors.items() if k in parameters}, **extra)
-        name = "logits" if self.source.task == "text-generation" else "last_hidden_state"
+        generates = self.source.task == "text-generation"
+        name = "logits" if generates else feature_output(model, result)
         return {name: result[name]}
 
 
