@@ -43,10 +43,11 @@ def hooked(model: nn.Module, family: str | None) -> Iterator[None]:
 
 
 def moe_layer_names(model: nn.Module) -> set[str]:
-    """Names of the MoE layers of ``model`` that run as our ops inside :func:`hooked`."""
+    """Names of the MoE layers of ``model`` that text reaches and that run as our ops inside :func:`hooked`."""
     from ..models.adapted import adapted_blocks
     from ..models.experts import is_experts_module
     from ..models.library_blocks import library_blocks
+    from ..models.patches import idle_parts
 
     blocks = adapted_blocks(model)
     within = {id(m) for block, _ in blocks.values() for m in block.modules()}
@@ -55,7 +56,8 @@ def moe_layer_names(model: nn.Module) -> set[str]:
         for name, m in model.named_modules()
         if is_experts_module(m) and id(m) not in within
     }
-    return {*blocks, *experts, *library_blocks(model)}
+    every = {*blocks, *experts, *library_blocks(model)}
+    return {name for name in every if not set(name.split(".")) & idle_parts(model)}
 
 
 def export_model(

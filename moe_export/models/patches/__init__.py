@@ -50,11 +50,23 @@ def _module_of(family: str | None) -> Any:
     return importlib.import_module(f"{__name__}.{PATCHES[family]}")
 
 
+IDLE_PARTS: dict[str, tuple[str, ...]] = {"ernie4_5_vl_moe": ("vision_moe",)}
+"""Family name → names of submodules whose experts no text token reaches."""
+
+
+def _family_of(model: nn.Module) -> str | None:
+    parts = type(model).__module__.split(".")
+    return parts[2] if parts[:2] == ["transformers", "models"] and len(parts) > 2 else None
+
+
+def idle_parts(model: nn.Module) -> set[str]:
+    """Names of submodules of the model's family whose experts no text token reaches."""
+    return set(IDLE_PARTS.get(_family_of(model) or "", ()))
+
+
 def family_blocks(model: nn.Module) -> dict[str, LibraryBlock]:
     """Class name → block for the MoE blocks of the model's family that are outside the experts interface."""
-    parts = type(model).__module__.split(".")
-    family = parts[2] if parts[:2] == ["transformers", "models"] and len(parts) > 2 else None
-    return dict(getattr(_module_of(family), "BLOCKS", {}))
+    return dict(getattr(_module_of(_family_of(model)), "BLOCKS", {}))
 
 
 @contextmanager
