@@ -1,51 +1,45 @@
 """onnxscript's rewrites, held to what they say.
 
-Its rules for ``x + 0``, ``x - 0``, ``x * 1`` and ``x / 1`` compare the constant with a tolerance (1e-8,
-relative 1e-5), so they drop the ``1e-9`` of ``log(p + 1e-9)`` and of ``w / (w.sum() + 1e-20)``: minus
-infinity and NaN follow where the model gives numbers.
+Its rules compare constants with a tolerance (1e-8, relative 1e-5), so the rules for ``x + 0`` and ``x * 1``
+drop the ``1e-9`` of ``log(p + 1e-9)``, the ``1e-20`` of ``w / (w.sum() + 1e-20)`` and the epsilon of some
+norms: minus infinity and NaN follow where the model gives numbers.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 from ..errors import EnvironmentLacksError
+
+FLOAT32_ROUNDING = 1e-7
+
+
+def _same(value: float, expected: float, *, rel_tol: float = 0.0, abs_tol: float = 0.0) -> bool:
+    return math.isclose(value, expected, rel_tol=min(rel_tol, FLOAT32_ROUNDING), abs_tol=0.0)
 
 
 @contextmanager
 def exact_rewrites() -> Iterator[None]:
-    """Inside, those rules match 0 and 1 only.
+    """Inside, onnxscript's rules match a constant itself, up to float32 rounding, and nothing near it.
 
     Raises:
-        EnvironmentLacksError: this onnxscript does not hold its rules where they are known to be.
+        EnvironmentLacksError: this onnxscript does not compare constants where it is known to.
     """
     import onnxscript
-    from onnxscript.rewriter._pattern_ir import Constant
+    from onnxscript.rewriter import _matcher
 
-    try:
-        from onnxscript.rewriter.rules.common._no_op import rules
-
-        constants = [
-            value
-            for rule in rules
-            for node in rule._target_pattern
-            for value in node.inputs
-            if isinstance(value, Constant)
-        ]
-        before = [(c, c._rel_tol, c._abs_tol) for c in constants]
-        if not constants:
-            raise AttributeError("no constants in the rules")
-    except (ImportError, AttributeError, TypeError) as error:
+    if getattr(_matcher, "math", None) is None:
         raise EnvironmentLacksError(
             f"onnxscript {onnxscript.__version__} is not one that moe-export knows how to keep from dropping "
             "small "
             "constants; install the version in constraints.txt"
-        ) from error
+        )
+    before = _matcher.math
+    _matcher.math = SimpleNamespace(isclose=_same)
     try:
-        for constant in constants:
-            constant._rel_tol = constant._abs_tol = 0.0
         yield
     finally:
-        for constant, relative, absolute in before:
-            constant._rel_tol, constant._abs_tol = relative, absolute
+        _matcher.math = before

@@ -43,7 +43,8 @@ def hooked(model: nn.Module, family: str | None) -> Iterator[None]:
 
 
 def moe_layer_names(model: nn.Module) -> set[str]:
-    """Names of the MoE layers of ``model`` that text reaches and that run as our ops inside :func:`hooked`."""
+    """Names of the MoE layers of ``model`` that text reaches and that run as our ops inside
+    :func:`hooked`."""
     from ..models.adapted import adapted_blocks
     from ..models.experts import is_experts_module
     from ..models.library_blocks import library_blocks

@@ -16,6 +16,7 @@ from ..errors import ExportError
 from ..graph.exact_rewrites import exact_rewrites
 from ..graph.functions import attach_functions
 from ..graph.names import move_aside
+from ..models.patches import step_differs
 from ..ops.torch_ops import translation_table
 from ..schema import ModelIO
 from .graphs import TracedGraph
@@ -148,7 +149,9 @@ def trace(plan: TracedGraph, opset: int) -> tuple[ir.Model, ModelIO]:
         except Exception as error:  # torch.export lets through whatever the model's own code raises.
             raise refused(error, plan.io, plan.subject) from error
         symbols = _check_dynamic(program, plan)
-        check_program(program, plan)
+        check_program(
+            program, plan, single_tokens=not step_differs(getattr(plan.module, "model", plan.module))
+        )
         apply_fx_node_fixes("onnx", program.graph_module)
         try:
             exported = torch.onnx.export(

@@ -50,6 +50,12 @@ def _module_of(family: str | None) -> Any:
     return importlib.import_module(f"{__name__}.{PATCHES[family]}")
 
 
+STEP_DIFFERS: dict[str, str] = {
+    "nemotron_h": "its step for one token leaves out the limit of the time step that its full pass applies",
+}
+"""Family name → why transformers' step for one token gives other numbers than its pass over all tokens, which
+is what an engine computes."""
+
 IDLE_PARTS: dict[str, tuple[str, ...]] = {"ernie4_5_vl_moe": ("vision_moe",)}
 """Family name → names of submodules whose experts no text token reaches."""
 
@@ -64,6 +70,11 @@ def idle_parts(model: nn.Module) -> set[str]:
     return set(IDLE_PARTS.get(_family_of(model) or "", ()))
 
 
+def step_differs(model: nn.Module) -> str:
+    """Why one token at a time gives other numbers in the model itself; empty when it does not."""
+    return STEP_DIFFERS.get(_family_of(model) or "", "")
+
+
 def family_blocks(model: nn.Module) -> dict[str, LibraryBlock]:
     """Class name → block for the MoE blocks of the model's family that are outside the experts interface."""
     return dict(getattr(_module_of(_family_of(model)), "BLOCKS", {}))
@@ -71,15 +82,11 @@ def family_blocks(model: nn.Module) -> dict[str, LibraryBlock]:
 
 @contextmanager
 def family_patches(family: str | None, model: nn.Module) -> Iterator[None]:
-    """Activate the family's patch, if it has one, and run its own MoE blocks as our ops; constants stay
-    exact.
-    """
+    """Activate the family's patch, if it has one, and run its own MoE blocks as our ops."""
     from ..library_blocks import library_blocks_as_ops
-    from .exact_constants import exact_constants
 
     patch = getattr(_module_of(family), "patch", None)
     with ExitStack() as stack:
-        stack.enter_context(exact_constants())
         if patch is not None:
             stack.enter_context(patch(model))
         stack.enter_context(library_blocks_as_ops(model))
