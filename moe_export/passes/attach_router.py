@@ -79,7 +79,7 @@ class AttachRouter(Pass):
             attributes = OPS["Router"].complete({k: a.value for k, a in producer.attributes.items()})
             return attributes, "the model states the Router op"
         reasons = []
-        for logits in logit_candidates(ids, weights, layer.num_experts):
+        for logits in logit_candidates(model, ids, weights, layer.num_experts):
             found, reason = _recognise(context, layer, logits, ids, weights)
             if found is None:
                 reasons.append(reason)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..graph.subgraph import ancestors
+from ..ops import DOMAIN
 from .router_proof import by_expert
 
 if TYPE_CHECKING:
@@ -14,9 +15,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def logit_candidates(ids: ir.Value, weights: ir.Value, num_experts: int) -> Iterator[ir.Value]:
-    """Float values [.., E] that everything between them and the routing depends on, farthest first."""
-    nodes, _ = ancestors([ids, weights])
+def logit_candidates(
+    model: ir.Model, ids: ir.Value, weights: ir.Value, num_experts: int
+) -> Iterator[ir.Value]:
+    """Float values [.., E] that everything between them and the routing depends on, farthest first.
+
+    Not searched beyond the output of another MoE layer.
+    """
+    others = [n.outputs[0] for n in model.graph if n.domain == DOMAIN and n.op_type == "Combine"]
+    nodes, _ = ancestors([ids, weights], others)
     matmuls = [
         node.outputs[0]
         for node in nodes
@@ -67,11 +74,11 @@ def expert_vectors(nodes: Sequence[ir.Node], num_experts: int) -> list[ir.Value]
 def parameters(
     top_k: int, num_experts: int, nodes: Sequence[ir.Node], numbers: Sequence[float], has_bias: bool
 ) -> Iterator[dict[str, Any]]:
-    """Attributes of the Router op (without scale) that the nodes may stand for, likely ones first."""
+    """Attributes of the Router op (without scale) that the nodes may stand for, simple ones first."""
     epsilons = sorted({0.0} | {n for n in numbers if 0 < n < 1e-3}, reverse=True)
     groupings: list[dict[str, Any]] = [{}]
     if sum(1 for n in nodes if n.op_type == "TopK") > 1:
-        groupings = [*_groupings(top_k, num_experts, numbers), {}]
+        groupings += _groupings(top_k, num_experts, numbers)
     for grouping in groupings:
         for score in ("softmax", "sigmoid", "sqrtsoftplus", "softmax_after_topk"):
             for biased in (1, 0) if has_bias else (0,):

@@ -90,7 +90,8 @@ def hard_logits(num_experts: int, dtype: str, numbers: Sequence[float] = ()) -> 
 
     rng = np.random.default_rng(20261122)
     shape = (48, num_experts)
-    normal = rng.standard_normal(shape)
+    # In steps of 1/256: two values are equal or clearly apart, so that rounding decides no order.
+    normal = np.round(rng.standard_normal(shape) * 256) / 256
     masked = rng.standard_normal(shape)
     # Enough are left for every group to fill its choice: no router says what a masked expert would weigh.
     keep = max(num_experts // 2, min(num_experts, 9))
@@ -102,7 +103,7 @@ def hard_logits(num_experts: int, dtype: str, numbers: Sequence[float] = ()) -> 
     shifts = (20.0, -20.0, 50.0, -50.0, -85.0, -95.0, -200.0)
     cases = [
         normal,
-        *(normal * factor for factor in (1e-6, 0.01, 5.0, 60.0, 2000.0)),
+        *(normal * factor for factor in (0.01, 5.0, 60.0, 2000.0)),
         np.round(rng.standard_normal(shape) * 1.5),
         np.zeros(shape),
         masked,
@@ -133,7 +134,7 @@ def _around(number: float, normal: NDArray[Any]) -> list[NDArray[Any]]:
     """Logits on both sides of ``number``: of single experts, of all, and such that a score comes near it."""
     import numpy as np
 
-    step = max(abs(number), 1e-3)
+    step = max(abs(number), 0.1)
     cases = [normal * step * 2, number + normal * step * 0.01, -number + normal * step * 0.01]
     if 0.0 < number < 1.0:
         # One expert at a score of about ``number`` after a sigmoid, and after a softmax over itself and
