@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+# fmt: off (tables: values of one kind stand on one line)
 from typing import Any
 
 from moe_export.models.families.common import WINDOW, base, indexed
@@ -33,14 +34,16 @@ MULTIMODAL: tuple[Family, ...] = (
                 vocab_size_per_layer_input=128,
                 layer_types=["sliding_attention", "sliding_attention", "full_attention"],
                 final_logit_softcapping=30.0), scope="text decoder"),
-    Family("minimax_m3_vl", "works",
+    Family("minimax_m3_vl", "limited",
            "sigmoid, selection bias, top-2 of 4, renormalised, times 2; shared expert",
            "MiniMaxM3VLForCausalLM",
            base(num_local_experts=4, num_experts_per_tok=2, head_dim=16, dense_intermediate_size=48,
                 shared_intermediate_size=24, rotary_dim=8, index_n_heads=2, index_head_dim=16,
                 index_block_size=4,
                 index_topk_blocks=2, num_hidden_layers=3, mlp_layer_types=["dense", "sparse", "sparse"],
-                layer_types=["full_attention", "minimax_m3_sparse", "full_attention"]), scope="text decoder"),
+                layer_types=["full_attention", "minimax_m3_sparse", "full_attention"]), scope="text decoder",
+           reason="no left padding: transformers anchors key blocks to slots, so that padding moves them",
+           left_padding=False),
     Family("qwen3_vl_moe", "limited", "softmax, top-2 of 4, renormalised",
            "Qwen3VLMoeForConditionalGeneration",
            {"text_config": base(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, head_dim=8,
@@ -89,13 +92,13 @@ MULTIMODAL: tuple[Family, ...] = (
                               "encoder_config": _PICTURE | {"vocab_size": 16, "num_key_value_heads": 2}}},
            scope=_SCOPE, reason=_TEXT_ONLY),
     Family("unlimited_ocr", "limited", "softmax, 1 of 2 groups (by maximum), top-2 of 8; shared expert",
-           "UnlimitedOcrForConditionalGeneration",
-           {"text_config": base(moe_intermediate_size=24, n_routed_experts=8, num_experts_per_tok=2,
-                                n_group=2,
-                                topk_group=1, topk_method="group_limited_greedy", n_shared_experts=1,
-                                sliding_window=WINDOW, mlp_layer_types=["dense", "sparse"]),
-            "vision_config": {"sam_config": _SAM, "encoder_config": _PICTURE | {"image_size": 16}}},
-           scope=_SCOPE, reason=_TEXT_ONLY),
+           "UnlimitedOcrTextModel",
+           base(moe_intermediate_size=24, n_routed_experts=8, num_experts_per_tok=2, n_group=2, topk_group=1,
+                topk_method="group_limited_greedy", n_shared_experts=1, sliding_window=WINDOW,
+                mlp_layer_types=["dense", "sparse"]),
+           tasks=("feature-extraction",), scope="text decoder without its head",
+           reason="hidden states of whole sequences, no generation: its cache keeps the prompt apart from a "
+           "window over what is generated"),
     Family("mistral_large4", "limited", "softmax, 1 of 2 groups, top-2 of 8, renormalised; shared expert",
            "MistralLarge4ForConditionalGeneration",
            {"text_config": indexed(n_group=2, topk_group=1, num_hidden_layers=3,

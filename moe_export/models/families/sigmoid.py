@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+# fmt: off (tables: values of one kind stand on one line)
 from moe_export.models.families.common import WINDOW, base, mla
 from moe_export.models.families.entry import Family
 

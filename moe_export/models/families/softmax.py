@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+# fmt: off (tables: values of one kind stand on one line)
 from moe_export.models.families.common import WINDOW, base
 from moe_export.models.families.entry import Family
 
@@ -65,7 +66,11 @@ SOFTMAX: tuple[Family, ...] = (
     Family("phimoe", "works", "sparsemixer: two masked softmaxes, one per choice", "PhimoeForCausalLM",
            base(num_local_experts=4, num_experts_per_tok=2, attention_bias=True, lm_head_bias=True,
                 sliding_window=WINDOW)),
-    Family("doge", "works",
+    Family("doge", "limited",
            "product keys: top-2 of the sums of two top-4 lists, softmax over the chosen; a dense MLP beside",
-           "DogeForCausalLM", base(is_moe=True, num_experts=16, num_experts_per_tok=2, keep_window_size=256)),
+           "DogeForCausalLM", base(is_moe=True, num_experts=16, num_experts_per_tok=2, keep_window_size=12),
+           reason="equal to transformers for the same unpadded batch only: its router reads [B, S, 2 keys] "
+           "as [2, B S, keys], so that a token is routed by the logits of other tokens; its experts are single "
+           "rows of a table, and no MoE layer is seen in the graph",
+           left_padding=False, cached_reference=True),
 )
