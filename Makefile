@@ -50,6 +50,7 @@ format: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python tools/generate_cli_doc.py
+	$(BIN)/python tools/generate_ops_doc.py
 
 clean:
 	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,122 @@
+"""Writes docs/ops.md from the ops' contracts: python tools/generate_ops_doc.py [--check]."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from moe_export.ops import DOMAIN, OPS, VERSION, Attribute, OpContract, Param
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "ops.md"
+
+HEAD = f"""\
+# Ops
+
+Written by `tools/generate_ops_doc.py` from the contracts in `moe_export/ops/`; a test fails when it is stale.
+[Add an op](add-an-op.md) says how a contract is written.
+
+The ops have the ONNX domain `{DOMAIN}`, version {VERSION}. A model that uses them holds their bodies as ONNX
+functions in the standard ops, so it runs in any ONNX runtime.
+
+Shapes: T tokens, E experts, K experts per token, H hidden, I intermediate, M = T·K assignments; A and B are
+the columns and rows of one expert's matrix.
+
+For all of them:
+
+- Between equal values the lower expert id wins.
+- No token (T = 0), experts without a token, and one expert that gets all tokens are ordinary inputs.
+- A dropped assignment has the expert id −1 and adds nothing to its token.
+- An attribute marked *structural* changes the body. A model holds one body per op, so all its nodes agree on
+  those.
+
+A tolerance is the largest and the root-mean-square error against the float64 reference, relative to the
+reference's largest magnitude (at least 1).
+"""
+
+
+def page() -> str:
+    """The whole page as Markdown."""
+    return "\n".join([HEAD, *(line for op in OPS.values() for line in _section(op))])
+
+
+def _section(op: OpContract) -> list[str]:
+    parts = [f"## `{op.name}`", "", f"{_cell(op.summary).rstrip('.')}.", ""]
+    parts += _params("input", op.inputs) + _params("output", op.outputs)
+    if op.attributes:
+        parts += _table(
+            ("attribute", "type", "default", "choices", "structural", "meaning"),
+            [_attribute_row(a) for a in op.attributes],
+        )
+    else:
+        parts += ["No attributes.", ""]
+    if op.tolerance:
+        parts += _table(
+            ("dtype", "max error", "RMS error", "reason"),
+            [[dtype, f"{t.max:g}", f"{t.rms:g}", t.reason] for dtype, t in op.tolerance.items()],
+        )
+    else:
+        parts += ["Integers only: results are equal to the reference.", ""]
+    if op.source:
+        parts += [f"Source: {_cell(op.source)}.", ""]
+    return parts
+
+
+def _params(kind: str, params: tuple[Param, ...]) -> list[str]:
+    rows = [
+        [
+            f"`{p.name}`" + (" (optional)" if p.optional else ""),
+            f"[{', '.join(p.shape)}]",
+            ", ".join(p.dtypes),
+            p.doc,
+        ]
+        for p in params
+    ]
+    return _table((kind, "shape", "dtypes", "meaning"), rows)
+
+
+def _attribute_row(attribute: Attribute) -> list[str]:
+    choices = ", ".join(f"`{c}`" for c in attribute.choices)
+    if not choices and attribute.minimum is not None:
+        choices = f"{attribute.minimum} or more"
+    default = "required" if attribute.default is None else f"`{attribute.default!r}`"
+    if isinstance(attribute.default, str):
+        default = f"`{attribute.default}`" if attribute.default else "empty"
+    return [
+        f"`{attribute.name}`",
+        attribute.kind.__name__,
+        default,
+        choices,
+        "yes" if attribute.structural else "",
+        attribute.doc,
+    ]
+
+
+def _table(head: tuple[str, ...], rows: list[list[str]]) -> list[str]:
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    return [*lines, *(f"| {' | '.join(_cell(c) for c in row)} |" for row in rows), ""]
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def main() -> int:
+    """Write the page, or with --check tell whether it is fresh."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with 1 when the page is stale"
+    )
+    arguments = parser.parse_args()
+    text = page()
+    if arguments.check:
+        if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
+            print(f"{PAGE.name} is stale: run python tools/generate_ops_doc.py", file=sys.stderr)
+            return 1
+        return 0
+    PAGE.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
