@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def name_value(model: ir.Model, value: ir.Value, name: str) -> ir.Value:
+def name_value(model: ir.Model, value: ir.Value, name: str, reader: ir.Node | None = None) -> ir.Value:
     """Name ``value``; through an Identity where it already carries a name that others rely on.
+
+    ``reader``: the node that shall read the named value where two layers share ``value``; None: every reader.
 
     Returns the value that has the name.
     """
@@ -50,8 +52,9 @@ def name_value(model: ir.Model, value: ir.Value, name: str) -> ir.Value:
         model.graph.insert_before(first, node)
     else:
         model.graph.insert_after(producer, node)
-    value.replace_all_uses_with(out)
-    node.replace_input_with(0, value)
+    for user, index in list(value.uses()):
+        if user is not node and (user is reader or reader is None or not taken):
+            user.replace_input_with(index, out)
     return out
 
 
@@ -67,6 +70,7 @@ class _Layer:
     """The nodes and values of one MoE layer."""
 
     dispatch: ir.Node
+    gather: ir.Node
     combine: ir.Node
     first: ir.Node
     """The GroupedMatMul that reads the tokens."""
@@ -96,7 +100,17 @@ def _layer_of(dispatch: ir.Node) -> _Layer:
     if first is None or last is None or None in found:
         raise ExportError(f"MoE layer {name!r}: no GroupedMatMul between dispatch and combine")
     hidden, ids, weights = (v for v in found if v is not None)
-    return _Layer(dispatch, combine, first, last, hidden, ids, weights, combine.outputs[0])
+    return _Layer(dispatch, gather, combine, first, last, hidden, ids, weights, combine.outputs[0])
+
+
+def _values(found: _Layer, layer: MoELayer) -> dict[str, tuple[ir.Value, ir.Node | None]]:
+    """Name → the value that shall have it, and the node of this layer that reads it."""
+    return {
+        layer.hidden: (found.hidden, found.gather),
+        layer.expert_ids: (found.expert_ids, found.dispatch),
+        layer.weights: (found.weights, found.combine),
+        layer.output: (found.output, None),
+    }
 
 
 def _before(value: ir.Value | None, nodes: Sequence[ir.Node]) -> ir.Node | None:
@@ -161,12 +175,14 @@ def name_moe_values(model: ir.Model) -> tuple[MoELayer, ...]:
                 top_k=_top_k(found, name),
                 hidden_size=_weight_shape(found.first, name)[1 if transposed else 2],
                 intermediate_size=_weight_shape(found.last, name)[1 if transposed else 2],
-                hidden=str(name_value(model, found.hidden, f"{prefix}.hidden").name),
-                expert_ids=str(name_value(model, found.expert_ids, f"{prefix}.expert_ids").name),
-                weights=str(name_value(model, found.weights, f"{prefix}.weights").name),
-                output=str(name_value(model, found.output, f"{prefix}.output").name),
+                hidden=f"{prefix}.hidden",
+                expert_ids=f"{prefix}.expert_ids",
+                weights=f"{prefix}.weights",
+                output=f"{prefix}.output",
             )
         )
+        for name, (value, reader) in _values(found, layers[-1]).items():
+            name_value(model, value, name, reader)
     return tuple(layers)
 
 
@@ -190,20 +206,15 @@ def rename_moe_values(model: ir.Model, layers: Sequence[MoELayer]) -> None:
         if layer.name not in dispatches:
             raise ExportError(f"MoE layer {layer.name!r}: a rewrite removed its Dispatch")
         found = _layer_of(dispatches[layer.name])
-        values = {
-            layer.hidden: found.hidden,
-            layer.expert_ids: found.expert_ids,
-            layer.weights: found.weights,
-            layer.output: found.output,
-        }
+        values = _values(found, layer)
         router = _through_identity(found.expert_ids).producer()
         if layer.logits is not None and router is not None and router.op_type == "Router":
             assert router.inputs[0] is not None
-            values[layer.logits] = router.inputs[0]
-        for name, value in values.items():
+            values[layer.logits] = router.inputs[0], router
+        for name, (value, reader) in values.items():
             if not _carries(value, name):
                 move_aside(model, name)
-                name_value(model, value, name)
+                name_value(model, value, name, reader)
 
 
 def _through_identity(value: ir.Value) -> ir.Value:
