@@ -158,14 +158,11 @@ def _search(
 
     tolerance = WEIGHT_TOLERANCE[dtype]
     numbers = constants(nodes)
-    base = np.zeros(layer.num_experts, np.float32)
-    if bias is not None:
-        assert bias.const_value is not None
-        base = bias.const_value.numpy().astype(np.float32).reshape(-1)
-    cases = Cases(
-        hard_logits(layer.num_experts, dtype, numbers),
-        hard_biases(base, numbers) if bias is not None else (base,),
-    )
+    biases: tuple[Any, ...] = (np.zeros(layer.num_experts, np.float32),)
+    if bias is not None and bias.const_value is not None:
+        biases = hard_biases(bias.const_value.numpy().reshape(-1), numbers)
+    base = biases[0]
+    cases = Cases(hard_logits(layer.num_experts, dtype, numbers), biases)
     probe = cases.logits[0]
     wanted = plain({"logits": probe, "bias": base})
     if wanted[0].ndim != 2 or wanted[0].shape != (len(probe), layer.top_k):

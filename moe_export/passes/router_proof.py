@@ -148,14 +148,17 @@ def _around(number: float, normal: NDArray[Any]) -> list[NDArray[Any]]:
     return cases
 
 
-def hard_biases(base: NDArray[np.float32], numbers: Sequence[float]) -> tuple[NDArray[np.float32], ...]:
-    """The model's own selection bias [E], and others: small, large, of equal values, all negative, huge."""
+def hard_biases(base: NDArray[Any], numbers: Sequence[float]) -> tuple[NDArray[np.float32], ...]:
+    """The model's own selection bias [E], and others: small, large, of equal values, all negative, huge.
+
+    Float32 values that the dtype of ``base`` can hold.
+    """
     import numpy as np
 
     noise = np.random.default_rng(7).standard_normal(base.shape)
     others = [noise * 0.1, noise * 10, np.round(noise), -np.abs(noise) - 2.0, noise * 1000, noise + 5.0]
-    others += [n + noise * 0.01 * max(abs(n), 1e-3) for n in _telling(numbers, 1e6)[:8]]
-    return (base, *(b.astype(np.float32) for b in others))
+    others += [n + noise * 0.01 * max(abs(n), 1e-3) for n in _telling(numbers, 1e5)[:8]]
+    return tuple(b.astype(base.dtype).astype(np.float32) for b in (base, *others))
 
 
 def nodes_runner(
