@@ -111,3 +111,9 @@ def _describe_folder(folder: Path) -> str:
 def _some(names: list[str], limit: int = 4) -> str:
     more = f", and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def runs_code(source: str) -> bool:
+    """Whether a source is ``file.py:function``: loading it runs code of the user's."""
+    file, colon, _ = source.rpartition(":")
+    return bool(colon) and file.endswith(".py")

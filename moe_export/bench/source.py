@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..files import runs_code
 from ..schema import Manifest
 
 
@@ -36,6 +37,9 @@ def find_source(manifest: Manifest, source: Any, folder: Path) -> BaselineSource
         path = manifest.source.path
         if path is None:
             return BaselineSource("", reason="the bundle was built from a live model; give the source")
+        if runs_code(path):
+            reason = f"code that a manifest names is not run unasked; give it yourself with --source {path}"
+            return BaselineSource(path, reason=reason)
         if not _exists(path):
             return BaselineSource(
                 path, reason=f"the source is no longer at {path}; give its place with --source"
@@ -56,5 +60,4 @@ def find_source(manifest: Manifest, source: Any, folder: Path) -> BaselineSource
 
 
 def _exists(path: str) -> bool:
-    file, colon, _ = path.rpartition(":")
-    return Path(file if colon and file.endswith(".py") else path).exists()
+    return Path(path.rpartition(":")[0] if runs_code(path) else path).exists()

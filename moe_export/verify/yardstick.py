@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from ..files import describe_path
+from ..files import describe_path, runs_code
 from .golden import Golden, check_golden_fits, load_golden
 from .inputs import Case
 
@@ -78,6 +78,11 @@ def find_yardstick(against: Reference | str | os.PathLike[str] | None, manifest:
             raise UsageError(
                 "the bundle does not record where its source model is; name it (--against FOLDER) or a "
                 "golden file (--against FILE.npz)"
+            )
+        if runs_code(recorded):
+            raise UsageError(
+                f"the bundle was built from {recorded}; code that a manifest names is not run unasked, so name "
+                f"it yourself if you trust it (--against {recorded}), or a golden file (--against FILE.npz)"
             )
         if not Path(recorded).exists():
             raise UsageError(
