@@ -81,7 +81,7 @@ def find_yardstick(against: Reference | str | os.PathLike[str] | None, manifest:
             )
         if runs_code(recorded):
             raise UsageError(
-                f"the bundle was built from {recorded}; code that a manifest names is not run unasked, so name "
+                f"the bundle was built from {recorded}; code that a manifest names is not run unasked: name "
                 f"it yourself if you trust it (--against {recorded}), or a golden file (--against FILE.npz)"
             )
         if not Path(recorded).exists():
