@@ -70,9 +70,11 @@ def require_adapters(model: nn.Module, *, library: str = "transformers") -> None
             if type(block).__module__.startswith(f"{library}."):
                 continue
             found = looks_like_moe(block, depth)
-            if found is not None and not any(
-                id(m) in covered for m in block.get_submodule(found[0]).modules()
-            ):
+            if found is None:
+                continue
+            within = block.get_submodule(found[0]).modules()
+            owner = block.get_submodule(found[0].rpartition(".")[0])
+            if type(owner) not in NOT_MOE and not any(id(m) in covered for m in within):
                 raise UnsupportedModelError(_adapter_to_write(name, block, *found))
 
 
