@@ -49,8 +49,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 docs: $(STAMP)
-	$(BIN)/python tools/generate_cli_doc.py
-	$(BIN)/python tools/generate_ops_doc.py
+	for script in tools/generate_*_doc.py; do $(BIN)/python $$script || exit; done
 
 clean:
 	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
