@@ -27,10 +27,10 @@ class Family:
         reason: the stated limit of a limited family, or why a family is refused; empty when it works.
         scope: which part of the family is meant, when it is not the whole.
         also: further classes of the family that the tests export, with the same ``tiny``.
-        left_padding: whether a padded row gives what the row alone gives; where transformers' own code does not
-            hold that, there is nothing to compare with.
-        cached_reference: decoding is compared with transformers' own cached run, not with one run over the whole
-            sequence, because the family's code gives different results for the two.
+        left_padding: whether transformers' own code gives a padded row what the row alone gives; where
+            it does not, there is nothing to compare with.
+        cached_reference: decoding is compared with transformers' own cached run, not with one run over the
+            whole sequence, because the family's code gives different results for the two.
         tolerance: relative to ``max(1, |reference|max)``; one above :data:`FP32_TOLERANCE` states why in
             ``tolerance_reason``.
     """

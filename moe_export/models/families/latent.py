@@ -37,6 +37,7 @@ LATENT: tuple[Family, ...] = (
     Family("deepseek_v4", "refused",
            "sqrt of softplus, selection bias, top-k, renormalised; first layers by a table from token id "
            "to experts",
-           reason="its cache keeps compressed windows and the tokens of an unfinished window, whose sizes follow "
-           "no fixed rule per token; without the cache its code fixes the number of windows while it is traced"),
+           reason="its cache keeps compressed windows and the tokens of an unfinished window, whose sizes "
+           "follow no fixed rule per token; without the cache its code fixes the number of windows while "
+           "it is traced"),
 )
