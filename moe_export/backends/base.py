@@ -76,5 +76,9 @@ def write_onnx(context: PassContext, folder: Path) -> None:
 
     model = context.model
     model.graph.sort()
+    # Traces of the passes' own work, most of a small file.
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
     model.ir_version = 10
     ir.save(model, folder / MODEL_FILE, external_data=DATA_FILE)
