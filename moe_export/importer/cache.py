@@ -99,7 +99,7 @@ def new_cache(model: PreTrainedModel) -> Any:
 
 
 def plan_cache(model: PreTrainedModel, probe: dict[str, torch.Tensor]) -> tuple[CacheSlot, ...]:
-    """Run ``model`` on one token more and one less and see which tensors it caches and how they grow.
+    """Run ``model`` on several lengths and see which tensors it caches and how they grow.
 
     Args:
         probe: ``input_ids`` and ``attention_mask`` [batch, sequence], batch of 2, sequence of at least 4.
@@ -121,22 +121,27 @@ def plan_cache(model: PreTrainedModel, probe: dict[str, torch.Tensor]) -> tuple[
         return list(_tensors(cache))
 
     length = probe["input_ids"].shape[1]
-    longer, shorter = run(length), run(length - 1)
-    if [t[:2] for t in longer] != [t[:2] for t in shorter]:
+    # One token less shows what grows; two tokens, what grows only now and then or is cut to a few.
+    lengths = (length, length - 1, 2)
+    runs = [run(n) for n in lengths]
+    if len({tuple(t[:4] for t in tensors) for tensors in runs}) != 1:
         raise UnsupportedModelError(
             "the model's cache holds different tensors for different lengths; "
             "export with task feature-extraction instead"
         )
     slots = []
-    for (layer, name, attribute, state, long), (*_, short) in zip(longer, shorter, strict=True):
-        growing = [a for a in range(long.dim()) if long.shape[a] != short.shape[a]]
-        if len(growing) > 1 or any(
-            long.shape[a] - short.shape[a] != 1 or long.shape[a] != length for a in growing
-        ):
+    for kept in zip(*runs, strict=True):
+        layer, name, attribute, state, long = kept[0]
+        shapes = [tuple(tensor.shape) for *_, tensor in kept]
+        growing = [a for a in range(long.dim()) if len({shape[a] for shape in shapes}) > 1]
+        every_token = [tuple(n if a in growing else d for a, d in enumerate(shapes[0])) for n in lengths]
+        if len(growing) > 1 or shapes != every_token:
             raise UnsupportedModelError(
-                f"cache tensor {name} of layer {layer} goes from {tuple(short.shape)} to {tuple(long.shape)} "
-                "for one more token; only caches that keep every token, or state of fixed size, can be flat "
-                "inputs"
+                f"cache tensor {name} of layer {layer} is {shapes[0]} after {lengths[0]} tokens, {shapes[1]} "
+                "after "
+                f"{lengths[1]} and {shapes[2]} after {lengths[2]}; only caches that keep every token, or "
+                "state of "
+                "fixed size, can be flat inputs"
             )
         slots.append(
             CacheSlot(
