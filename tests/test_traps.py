@@ -1,4 +1,10 @@
-"""Every known way in which an exported MoE model is silently wrong: it is caught, or does not happen."""
+"""Every known way in which an exported MoE model is silently wrong: it is caught, or does not happen.
+
+More of each kind: sizes that the sample fixes in ``importer/test_trace.py``, layers traced around the hook in
+``importer/test_export.py``, windows in ``importer/test_cache.py``, adapters that say something else than
+their block in ``models/test_adapters.py``, routers that match on random inputs only in
+``passes/test_attach_router.py``.
+"""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def test_dimensions_that_must_be_equal_are_refused() -> None:
 
 
 class Steps(nn.Module):
-    """Like a decoder: new rows, a mask over all, past rows. ``tie``: the mask's length is said to be the sum."""
+    """Like a decoder: new rows, a mask over all, past rows. ``tie``: the mask is as long as both."""
 
     def __init__(self, function: Callable[[Tensor, Tensor, Tensor], Tensor], tie: bool) -> None:
         super().__init__()
