@@ -71,6 +71,6 @@ SOFTMAX: tuple[Family, ...] = (
            "DogeForCausalLM", base(is_moe=True, num_experts=16, num_experts_per_tok=2, keep_window_size=12),
            reason="equal to transformers for the same unpadded batch only: its router reads [B, S, 2 keys] "
            "as [2, B S, keys], so that a token is routed by the logits of other tokens; its experts are "
-           "single rows of a table, and no MoE layer is seen in the graph; beyond its window, equal tokens tie",
+           "rows of a table, and no MoE layer is seen in the graph; beyond its window equal tokens tie",
            left_padding=False, cached_reference=True),
 )
