@@ -53,6 +53,7 @@ class Backend(ABC):
             dict(options),
             list(exported.decisions),
             list(exported.notes),
+            float32_weights=exported.float32_weights,
         )
         run_pipeline(self.name, context)
         self._write(context, folder)

@@ -29,6 +29,8 @@ class ExportedModel:
     opset: int
     decisions: tuple[Decision, ...] = ()
     notes: tuple[str, ...] = ()
+    float32_weights: frozenset[str] = frozenset()
+    """Initializers that stay float32 where the others are stored in bfloat16."""
 
 
 @contextmanager
@@ -115,7 +117,18 @@ def export_model(
     graph.graph.metadata_props.clear()
     graph.metadata_props.clear()
     graph.producer_name = "moe-export"
-    return ExportedModel(graph, io, layers, loaded, dtype, opset)
+    return ExportedModel(
+        graph, io, layers, loaded, dtype, opset, float32_weights=_float32_weights(loaded.module)
+    )
+
+
+def _float32_weights(model: nn.Module) -> frozenset[str]:
+    """Names in the graph of what the family keeps in float32, and of buffers that no checkpoint holds (tables
+    of rotary frequencies and the like)."""
+    from ..models.precision import float32_names
+
+    computed = {name for name, _ in model.named_buffers()} - set(model.state_dict())
+    return frozenset(f"model.{name}" for name in computed | float32_names(model, "bfloat16"))
 
 
 def _trace(loaded: LoadedSource, dtype: str, opset: int) -> tuple[ir.Model, ModelIO]:

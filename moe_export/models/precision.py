@@ -34,11 +34,13 @@ def as_float16(model: nn.Module) -> nn.Module:
     return copied
 
 
-def float32_names(model: Any) -> set[str]:
-    """Parameters and buffers that a family of transformers keeps in float32 when the rest is float16."""
+def float32_names(model: Any, dtype: str = "float16") -> set[str]:
+    """Parameters and buffers that a family of transformers keeps in float32 when the rest is ``dtype``."""
     import torch
 
-    plan = model._get_dtype_plan(torch.float16)
+    if not hasattr(model, "_get_dtype_plan"):
+        return set()
+    plan = model._get_dtype_plan(getattr(torch, dtype))
     if not plan:
         return set()
     from transformers.core_model_loading import build_glob_alternation

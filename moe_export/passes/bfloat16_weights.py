@@ -31,6 +31,8 @@ class BFloat16Weights(Pass):
             tensor = value.const_value
             if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size < SMALLEST:
                 continue
+            if value.name in context.float32_weights:
+                continue
             stored = _stored(value, tensor.numpy().astype(ml_dtypes.bfloat16))
             graph.register_initializer(stored)
             cast = ir.node("Cast", [stored], attributes={"to": ir.DataType.FLOAT.value})

@@ -88,6 +88,15 @@ def test_float16_keeps_what_the_family_keeps_in_float32() -> None:
     assert {p.dtype for p in model.parameters()} == {torch.float32}, "the model itself is not touched"
 
 
+def test_what_stays_float32_beside_bfloat16() -> None:
+    from moe_export.importer.export import _float32_weights
+
+    names = _float32_weights(tiny_model("ernie4_5_moe"))
+    assert "model.model.layers.1.mlp.gate.weight" in names
+    assert "model.model.rotary_emb.inv_freq" in names
+    assert not any(name.endswith("embed_tokens.weight") for name in names)
+
+
 def test_rotary_frequencies_stay_float32() -> None:
     """Rounded to float16 they turn a position of some thousand by a radian."""
     half: Any = as_float16(tiny_model("mixtral"))

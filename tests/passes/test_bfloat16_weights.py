@@ -22,6 +22,7 @@ def stored(context: PassContext) -> dict[str, ir.TensorProtocol]:
 def as_bfloat16(context: PassContext, smallest: int, monkeypatch: pytest.MonkeyPatch) -> PassContext:
     monkeypatch.setattr(bfloat16_weights, "SMALLEST", smallest)
     new = PassContext(context.model.clone(), context.io, context.layers, "bfloat16", context.opset)
+    new.float32_weights = context.float32_weights
     BFloat16Weights().apply(new)
     return new
 
@@ -62,6 +63,13 @@ def test_what_was_cast_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
         "2 weights (480 elements) are stored in bfloat16 and cast to float32; tensors of fewer than 100 "
         "elements stay float32"
     ]
+
+
+def test_what_the_family_keeps_stays_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = one_layer()
+    plain.float32_weights = frozenset({"up_0"})
+    context = as_bfloat16(plain, 100, monkeypatch)
+    assert "up_0" in stored(context) and "down_0.bfloat16" in stored(context)
 
 
 def test_all_weights_small(monkeypatch: pytest.MonkeyPatch) -> None:
