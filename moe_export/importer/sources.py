@@ -243,6 +243,8 @@ def _library_source(model: nn.Module, path: str | None, task: str | None, digest
     if chosen == "text-generation" and not head:
         raise UsageError(f"{type(model).__name__} has no language-model head; use --task feature-extraction")
     info = SourceInfo("huggingface", path, model_type, type(model).__name__, digest)
+    if chosen == "feature-extraction" and head:
+        model = _without_head(model)
     files = tuple(Path(path) / n for n in TOKENIZER_FILES if (Path(path) / n).is_file()) if path else ()
     return LoadedSource(
         model,
@@ -253,6 +255,14 @@ def _library_source(model: nn.Module, path: str | None, task: str | None, digest
         text=_text_info(model, config, files),
         tokenizer_files=files,
     )
+
+
+def _without_head(model: Any) -> Any:
+    """What gives the hidden states of a model with a language-model head: its base, or its encoder."""
+    inner = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+    if inner is model or inner.get_input_embeddings() is None:
+        raise UsageError(f"{type(model).__name__} has no part of its own that gives hidden states")
+    return inner
 
 
 TOKENIZER_FILES = (
