@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import BuildConfig
-from .errors import CheckFailed
+from .errors import CheckFailed, UsageError, choices_text
 from .progress import NullProgress, Progress
 from .schema import Limits, Manifest, TextInfo
 
@@ -80,14 +82,40 @@ def build(
         CheckFailed: parity is outside its tolerances; the bundle is written and holds the report.
         UsageError, SourceError, ExportError, EnvironmentLacksError: see the message; nothing is written.
     """
+    known = [field.name for field in dataclasses.fields(BuildConfig)]
+    for name in options:
+        if name not in known:
+            raise UsageError(f"unknown build option {name!r}; {choices_text(name, known)}")
+    config = dataclasses.replace(config or BuildConfig(), **options)
+    with _mode_kept(source):
+        return _build(source, Path(output), config, inputs, dynamic, progress or NullProgress())
+
+
+@contextmanager
+def _mode_kept(source: Any) -> Iterator[None]:
+    """A live model is put into eval mode for a build; afterwards it is in the mode it was in."""
+    modules = list(source.modules()) if hasattr(source, "modules") else []
+    before = [(module, module.training) for module in modules]
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def _build(
+    source: Any,
+    output: Path,
+    config: BuildConfig,
+    inputs: dict[str, Any] | None,
+    dynamic: dict[str, dict[int, str]] | None,
+    progress: Progress,
+) -> Bundle:
     from .bundle.cache import cache_key, find_unchanged
     from .bundle.reader import open_bundle
     from .bundle.writer import BundleWriter
     from .importer.sources import load_source
 
-    config = dataclasses.replace(config or BuildConfig(), **options)
-    progress = progress or NullProgress()
-    output = Path(output)
     if not (output / "manifest.json").is_file():
         BundleWriter(output, overwrite=config.overwrite).check()
     loaded = load_source(
@@ -98,6 +126,7 @@ def build(
         trust_remote_code=config.trust_remote_code,
         progress=progress,
     )
+    _max_sequence(loaded, config)
     key = cache_key(loaded.info.hash, config.key_fields())
     unchanged = find_unchanged(output, key, progress=progress) if output.exists() else None
     if unchanged is not None:
@@ -170,8 +199,6 @@ def _write_engine(
 
 def _max_sequence(loaded: LoadedSource, config: BuildConfig) -> int | None:
     """What was asked for, but never more than the positions the model was made for."""
-    from .errors import UsageError
-
     model_config = getattr(loaded.module, "config", None)
     if model_config is None or loaded.kind != "huggingface":
         return config.max_sequence

@@ -211,3 +211,38 @@ def test_an_error_while_replacing_leaves_the_old_bundle(copy: Path, monkeypatch:
         moe_export.build(SOURCE, copy, overwrite=True, **{**OPTIONS, "seed": 2})
     assert contents(copy) == before
     assert open_bundle(copy).manifest.evidence["parity"]["passed"] is True
+
+
+def test_an_unknown_option_lists_the_choices(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="unknown build option 'target_name'; nearest: target"):
+        moe_export.build(SOURCE, tmp_path / "engine", target_name="portable")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_live_model_is_left_in_the_mode_it_was_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[bool] = []
+
+    def fails(loaded: Any, **_options: Any) -> Any:
+        modes.extend(module.training for module in loaded.module.modules())
+        raise RuntimeError("no trace today")
+
+    monkeypatch.setattr("moe_export.importer.export.export_model", fails)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout())
+    model[0].eval()
+    with pytest.raises(RuntimeError, match="no trace today"):
+        moe_export.build(
+            model, tmp_path / "engine", inputs={"input": torch.zeros(2, 2)}, dynamic={}, bench=False
+        )
+    assert modes == [False] * 3
+    assert [module.training for module in model.modules()] == [True, False, True]
+
+
+def test_too_long_a_sequence_is_refused_before_the_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moe_export.models.families import tiny_model
+
+    monkeypatch.setattr("moe_export.importer.export.export_model", never)
+    with pytest.raises(UsageError, match="max_sequence: 100000 is beyond"):
+        moe_export.build(tiny_model("mixtral"), tmp_path / "engine", bench=False, max_sequence=100000)
+    assert all(p.name.endswith(".lock") for p in tmp_path.iterdir())
