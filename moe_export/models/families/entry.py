@@ -72,4 +72,4 @@ class Family:
     @property
     def classes(self) -> tuple[str, ...]:
         """Every class of the family that is exported in tests."""
-        return (self.model_class, *self.also) if self.model_class else ()
+        return (self.model_class, *self.also) if self.status != "refused" else ()
