@@ -55,7 +55,12 @@ def export(module: nn.Module, **options: Any) -> Any:
     return export_model(module, **{"inputs": INPUTS, "dynamic": DYNAMIC, **options})
 
 
-@pytest.mark.parametrize("through", ["nowhere", "again", "around"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "through", ["around", pytest.param("nowhere", marks=SLOW), pytest.param("again", marks=SLOW)]
+)
 def test_a_layer_that_the_trace_does_not_reach_is_named(through: str) -> None:
     with pytest.raises(ExportError, match="1 of the 2 MoE layers are not in the traced graph: second;"):
         export(seeded(Two, through))
@@ -98,6 +103,7 @@ def test_the_users_model_is_as_it_was_after_a_failure() -> None:
         assert model(frames()).shape == frames().shape
 
 
+@SLOW
 def test_float16() -> None:
     model = seeded(Two, "forward")
     exported = export(model, dtype="float16")
