@@ -67,7 +67,7 @@ class UnrollExperts(Pass):
             if verdict.choice == "unrolled" and weight.const_value is None:
                 verdict = Decision("", "loop", "the weight is computed in the graph, not a constant")
             if verdict.choice == "unrolled":
-                unroller.unroll(node, drops=bool(_dispatch_of(node).attributes["drops"].as_int()))
+                unroller.unroll(node, drops=_may_drop(node))
             context.decisions.append(
                 Decision(subject, verdict.choice, verdict.reason, verdict.alternatives, verdict.measured_ms)
             )
@@ -93,15 +93,21 @@ def _kind(node: ir.Node, top_k: int) -> _Kind:
     return _Kind(experts, columns, rows, transposed, top_k, dtype)
 
 
-def _dispatch_of(node: ir.Node) -> ir.Node:
+def _dispatch_of(node: ir.Node) -> ir.Node | None:
+    """The Dispatch that sorted the rows; None where other nodes did (experts of attention)."""
     offsets = node.inputs[2]
-    dispatch = offsets.producer() if offsets is not None else None
-    assert dispatch is not None and dispatch.op_type == "Dispatch"
-    return dispatch
+    found = offsets.producer() if offsets is not None else None
+    return found if found is not None and found.domain == DOMAIN and found.op_type == "Dispatch" else None
 
 
 def _layer_of(node: ir.Node) -> str:
-    return str(_dispatch_of(node).attributes["layer"].as_string())
+    dispatch = _dispatch_of(node)
+    return str(node.outputs[0].name) if dispatch is None else str(dispatch.attributes["layer"].as_string())
+
+
+def _may_drop(node: ir.Node) -> bool:
+    dispatch = _dispatch_of(node)
+    return dispatch is None or bool(dispatch.attributes["drops"].as_int())
 
 
 def _decide(kind: _Kind, wanted: str, total: int, opset: int, threads: int | None) -> Decision:

@@ -259,3 +259,20 @@ def test_top_k_of_the_layer_reaches_the_measurement(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(unroll_experts, "_measure", measure)
     UnrollExperts().apply(one_layer())
     assert seen == [TOP_K] * 2
+
+
+def test_rows_that_no_dispatch_sorted() -> None:
+    """Attention experts (JetMoE) are sorted by other nodes, and some rows may belong to none."""
+    text = layer_text(SOFTMAX_RENORMALISED) + "extra = moe_export.GroupedMatMul (hidden, up_0, where)\n"
+    where = np.array([1, 2, 2, 3, 3, 3, 4, 4, 5], np.int64)
+    model = model_of(text, {**layer_weights(), "where": where}, outputs=f", float[m, {INNER}] extra")
+    context = context_of(model)
+    new = lowered(context, "unrolled")
+    assert count(new, "GroupedMatMul") == 0
+    assert new.decisions[-1].subject == f"extra: experts {EXPERTS} x [{HIDDEN}, {INNER}]"
+    for old, lowered_value in zip(
+        run(context.model, tokens(7), ("out", "extra")),
+        run(new.model, tokens(7), ("out", "extra")),
+        strict=True,
+    ):
+        assert np.allclose(old, lowered_value, atol=1e-6)
