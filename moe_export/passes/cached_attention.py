@@ -88,11 +88,14 @@ def _follow(value: ir.Value, wanted: str, depth: int = 14) -> ir.Node | None:
 
 
 def _back_to_matmul(value: ir.Value) -> tuple[ir.Node | None, ir.Value | None]:
-    """From a softmax's input back over Add and Mul/Div by a constant: the scores' MatMul and the bias."""
+    """From a softmax's input back over Add and Mul/Div by a constant: the scores' MatMul and the bias.
+
+    Scores that something else reads (a logsumexp that gates the output) would be computed beside the op.
+    """
     bias: ir.Value | None = None
     for _ in range(6):
         node = value.producer()
-        if node is None:
+        if node is None or len(list(value.uses())) != 1:
             return None, None
         if node.op_type == "MatMul":
             return node, bias
@@ -165,7 +168,7 @@ def _find(model: ir.Model, slots: dict[str, Any], layer: str) -> CacheAttention 
         return "no softmax over its keys was found"
     first, bias = _back_to_matmul(softmax.inputs[0])
     if first is None or bias is None or first.inputs[0] is None:
-        return "its scores are not query times key plus a mask (sinks, soft caps)"
+        return "its scores are not query times key plus a mask, for the softmax alone (sinks, soft caps)"
     query, output = _unscaled(first.inputs[0]), second.outputs[0]
     query_dims = fixed_dims(query)
     if len(query_dims) != 4 or query_dims[1] is None:
@@ -272,6 +275,9 @@ def _use_mask_for_past_length(context: PassContext) -> bool:
     by_name = {v.name: v for v in graph.inputs}
     mask, ids = by_name.get("attention_mask"), by_name.get("input_ids")
     if mask is None or ids is None:
+        return False
+    outputs = {v.name: v for v in graph.outputs}
+    if any(spec.pair in outputs and list(outputs[spec.pair].uses()) for spec in context.io.cache_inputs):
         return False
     lengths: dict[tuple[int, int], ir.Value] = {}
     for spec in context.io.cache_inputs:

@@ -22,6 +22,13 @@ def attention_context(change: str = "") -> PassContext:
         "soft cap": "capped = Tanh (scaled)\n biased = Add (capped, bias)",
         "no mask": "biased = Identity (scaled)",
     }.get(change, "biased = Add (scaled, bias)")
+    mixed = {
+        "gated by its scores": """sum_axis = Constant <value_ints = [3]> ()
+        strength = ReduceLogSumExp <keepdims = 1> (biased, sum_axis)
+        gate = Sigmoid (strength)
+        mixed = Mul (plain, gate)""",
+        "keys read again": "top = ReduceMax <keepdims = 0> (present.0.key)\n mixed = Add (plain, top)",
+    }.get(change, "mixed = Identity (plain)")
     keys = "rep_k = Neg (rep_k_raw)" if change == "other sign" else "rep_k = Identity (rep_k_raw)"
     text = f"""<ir_version: 10, opset_import: ["" : 20]>
     g (float[batch, sequence, {HEADS * SIZE}] x, int64[batch, sequence] input_ids,
@@ -88,7 +95,8 @@ def attention_context(change: str = "") -> PassContext:
         bias = Mul (hidden, lowest)
         {scores}
         weights = Softmax <axis = -1> (biased)
-        mixed = MatMul (weights, rep_v)
+        plain = MatMul (weights, rep_v)
+        {mixed}
         mixed_t = Transpose <perm = [0, 2, 1, 3]> (mixed)
         y = Reshape (mixed_t, merge)
     }}"""
@@ -164,7 +172,18 @@ def test_cache_is_shared_only_when_nothing_else_reads_it() -> None:
     assert {n.op_type for v in cache for n, _ in v.uses()} == {"GroupQueryAttention"}
 
 
-@pytest.mark.parametrize("change", ["soft cap", "no mask", "other sign", "length of the cache"])
+def test_a_cache_that_something_else_reads_grows() -> None:
+    """The buffer is longer than the tokens in it, so only the attention op may read it."""
+    before, after = attention_context("keys read again"), attention_context("keys read again")
+    CachedAttention().apply(after)
+    assert "GroupQueryAttention" in op_types(after) and after.cache == "growing"
+    for a, b in zip(run(before, 2, 1, 5), run(after, 2, 1, 5), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "change", ["soft cap", "no mask", "other sign", "length of the cache", "gated by its scores"]
+)
 def test_look_alikes_stay_plain_with_a_reason(change: str) -> None:
     context = attention_context(change)
     CachedAttention().apply(context)
