@@ -122,9 +122,10 @@ def decoder_graph(model: PreTrainedModel) -> TracedGraph:
     if with_positions:
         inputs.append(TensorSpec("position_ids", "int64", ("batch", "sequence"), "positions"))
         sample.append(torch.arange(past, past + SEQUENCE).expand(BATCH, SEQUENCE).contiguous())
-    outputs = [
-        TensorSpec("logits", _numpy_name(model.dtype), ("batch", "sequence", vocab_out(model)), "logits")
-    ]
+    with torch.no_grad():  # the head may be wider than the logits, which some families cut to the vocabulary
+        logits = model(**probe, use_cache=False).logits
+    width = int(logits.shape[-1])
+    outputs = [TensorSpec("logits", _numpy_name(logits.dtype), ("batch", "sequence", width), "logits")]
     generator = torch.Generator().manual_seed(1)
     for slot in slots:
         shape = slot.symbolic_shape
@@ -138,12 +139,6 @@ def decoder_graph(model: PreTrainedModel) -> TracedGraph:
     return TracedGraph(
         DecoderGraph(model, slots, with_positions), tuple(sample), ModelIO(tuple(inputs), tuple(outputs))
     )
-
-
-def vocab_out(model: PreTrainedModel) -> int:
-    """Width of the logits."""
-    head = model.get_output_embeddings()
-    return int(head.weight.shape[0]) if head is not None else vocabulary(model)
 
 
 def feature_output(model: PreTrainedModel, results: Any) -> str:
