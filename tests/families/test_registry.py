@@ -49,7 +49,7 @@ def test_the_scan_sees_a_new_family(tmp_path: Path) -> None:
 
 
 def test_enough_families_work() -> None:
-    assert sum(f.status == "works" for f in FAMILIES.values()) >= 53
+    assert sum(f.status == "works" for f in FAMILIES.values()) >= 55
     named = """mixtral qwen2_moe qwen3_moe deepseek_v2 deepseek_v3 gpt_oss olmoe phimoe glm4_moe granitemoe
                llama4 switch_transformers jamba"""
     assert {FAMILIES[n].status for n in named.split()} == {"works"}

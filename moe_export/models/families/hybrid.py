@@ -82,7 +82,7 @@ HYBRID: tuple[Family, ...] = (
                 d_rel=4, rel_extent=8, layer_types=["hybrid_sliding", "hybrid"],
                 logits_mup_width_multiplier=2.0,
                 num_hidden_layers=2, log_scaling_n_floor=4), scope="text decoder"),
-    Family("inkling2", "refused", "sigmoid, selection bias, top-2 of 8, renormalised, times 8",
+    Family("inkling2", "works", "sigmoid, selection bias, top-2 of 8, renormalised, times 8",
            "Inkling2ForCausalLM",
            {k: v for k,
             v in base(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=24, head_dim=8,
@@ -91,8 +91,7 @@ HYBRID: tuple[Family, ...] = (
                                   layer_types=["hybrid_sliding", "hybrid", "hybrid_sliding"],
                                   num_hidden_layers=3,
                                   n_layers_per_attn_res_block=2, log_scaling_n_floor=4).items()
-            if k != "intermediate_size"}, scope="text decoder",
-           reason="not in this version: the portable graph fails ONNX shape inference (120 against 128)"),
+            if k != "intermediate_size"}, scope="text decoder"),
     Family("qwen4_exp", "refused",
            "softmax, top-k, renormalised; shared expert with a sigmoid gate",
            reason="its attention picks keys in Python loops over every query, and its n-gram context starts "
