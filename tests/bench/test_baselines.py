@@ -99,8 +99,14 @@ def test_an_own_module_from_a_file_and_live(tmp_path: Path) -> None:
 
     source = f"{ROOT / 'examples' / 'own_module' / 'model.py'}:build"
     bundle = build(source, tmp_path / "own", CONFIG).path
+    unasked = bench_bundle(bundle, baselines=("pytorch-eager",), routing=("real",), **QUICK)
+    assert "not run unasked" in unasked.skipped[0].reason
     report = bench_bundle(
-        bundle, baselines=("pytorch-eager", "transformers-onnx"), routing=("real",), **QUICK
+        bundle,
+        source=source,
+        baselines=("pytorch-eager", "transformers-onnx"),
+        routing=("real",),
+        **QUICK,
     )
     assert {r.phase for r in report.rows} == {"forward"}
     assert report.contestant("engine").sanity.ok is True
