@@ -1,0 +1,109 @@
+// All routed experts of one MoE layer: dispatch, up (and gate) projection, activation, down projection, combine.
+//
+// The semantics are those of the op `moe_export::ExpertMLP` (moe_export/ops/expert_mlp.py has the contract and the
+// float64 reference). Plain C++17, no ONNX Runtime; the adapter fills ExpertMlpArgs and maps the error string.
+//
+// Symbols: T tokens, K experts per token, E experts, H hidden size, I intermediate size.
+
+#ifndef MOE_EXPORT_PLUGINS_CPU_KERNELS_EXPERT_MLP_H_
+#define MOE_EXPORT_PLUGINS_CPU_KERNELS_EXPERT_MLP_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "parallel.h"
+
+namespace moe_export::cpu {
+
+enum class DType { kFloat32, kFloat16, kBFloat16 };
+
+enum class Activation { kSilu, kGelu, kGeluTanh, kRelu, kRelu2, kClampedSwiglu };
+
+// How gate and up lie in the up matrix: first all gate columns, then all up columns; or gate 0, up 0, gate 1, ...
+enum class GateLayout { kConcatenated, kInterleaved };
+
+// How the weights lie in memory.
+enum class WeightForm {
+  kOutIn,   // up [E, 2I or I, H], down [E, H, I]: the layout of torch.nn.Linear (`transposed = 0`)
+  kInOut,   // up [E, H, 2I or I], down [E, I, H] (`transposed = 1`)
+  kPacked,  // up [E, U, H, 64], down [E, D, I, 64]: panels of 64 columns, see below
+};
+
+// Columns of a panel of kPacked. `moe_export/ops/packing.py` writes this layout; zeros fill the last panel.
+//
+// down: D = ceil(H / 64); panel d, row i holds columns 64 d .. 64 d + 63 of the [I, H] matrix.
+// up, not gated: U = ceil(I / 64), the same of the [H, I] matrix.
+// up, gated: U = ceil(I / 32); panel u, row h holds gate columns 32 u .. 32 u + 31, then up columns 32 u ..
+// 32 u + 31, whatever the layout of the source was: `layout` says nothing about packed weights, only about up_bias.
+inline constexpr int64_t kPanelColumns = 64;
+inline constexpr int64_t kPanelPairs = 32;
+
+// Number of panels of packed weights; U (gated or not) and D above.
+constexpr int64_t UpPanels(int64_t intermediate, bool gated) {
+  const int64_t per_panel = gated ? kPanelPairs : kPanelColumns;
+  return (intermediate + per_panel - 1) / per_panel;
+}
+constexpr int64_t DownPanels(int64_t hidden) { return (hidden + kPanelColumns - 1) / kPanelColumns; }
+
+// Where the kernel gets memory that it needs during one call.
+//
+// Allocate() is called a few times per call, from the calling thread only, with sizes that depend on the shapes.
+// The memory must stay valid until ExpertMlp() returns; the kernel never frees it. No alignment is needed. An arena
+// that keeps its memory between calls is much faster than malloc, whose large blocks are unmapped again.
+class ScratchAllocator {
+ public:
+  ScratchAllocator() = default;
+  ScratchAllocator(const ScratchAllocator&) = delete;
+  ScratchAllocator& operator=(const ScratchAllocator&) = delete;
+  virtual ~ScratchAllocator() = default;
+
+  // `bytes` > 0. Returns nullptr when there is no memory. Must not throw.
+  virtual void* Allocate(size_t bytes) = 0;
+};
+
+struct ExpertMlpArgs {
+  // Dense, row-major. Pointers of tensors with no element may be null.
+  const void* hidden = nullptr;          // [T, H], `activation_dtype`
+  const int32_t* expert_ids = nullptr;   // [T, K]; negative or >= E: that assignment contributes zero
+  const float* routing = nullptr;        // [T, K] routing weights
+  const void* up = nullptr;              // `weight_dtype`, shape by `form`
+  const void* down = nullptr;            // `weight_dtype`, shape by `form`
+  const void* up_bias = nullptr;         // [E, 2I or I], `bias_dtype`, columns as `layout` says; null: none
+  const void* down_bias = nullptr;       // [E, H], `bias_dtype`; null: none
+  void* out = nullptr;                   // [T, H], `activation_dtype`; must not overlap an input
+
+  int64_t tokens = 0;             // T >= 0
+  int64_t top_k = 0;              // K >= 0
+  int64_t num_experts = 0;        // E >= 1
+  int64_t hidden_size = 0;        // H >= 1
+  int64_t intermediate_size = 0;  // I >= 1
+
+  DType activation_dtype = DType::kFloat32;
+  DType weight_dtype = DType::kFloat32;
+  DType bias_dtype = DType::kFloat32;
+  WeightForm form = WeightForm::kOutIn;
+
+  Activation activation = Activation::kSilu;
+  bool gated = true;
+  GateLayout layout = GateLayout::kConcatenated;
+  float alpha = 1.702f;  // kClampedSwiglu: factor in the sigmoid
+  float limit = 7.0f;    // kClampedSwiglu: clamp
+};
+
+// Computes `out`. All sums are in float32, in an order that depends on the shapes and ids only, never on which thread
+// did what, so equal inputs give equal bits.
+//
+// Returns an empty string, or what is wrong with the arguments (which one, its value, what was expected) or that
+// there was no memory; `out` is then unspecified. Never throws. Values that are not finite go through the sums as
+// IEEE 754 says.
+std::string ExpertMlp(const ExpertMlpArgs& args, ParallelFor& pool, ScratchAllocator& scratch);
+
+// Instruction set that ExpertMlp() uses on this machine: "avx512", "avx2" or "portable". The environment variable
+// MOE_EXPORT_CPU_ISA lowers it (for tests); it is read at the first call. A value that this machine or this build
+// does not have makes ExpertMlp() return an error.
+const char* ActiveIsa();
+
+}  // namespace moe_export::cpu
+
+#endif  // MOE_EXPORT_PLUGINS_CPU_KERNELS_EXPERT_MLP_H_
