@@ -54,12 +54,35 @@ static inline float ToFloat(Float16 value) {
   return FloatFromBits(sign | BitsOf(magnitude));
 }
 
-template <typename T>
-static inline T FromFloat(float value);
+static inline void Store(float value, float* out) { *out = value; }
 
-template <>
-inline float FromFloat<float>(float value) {
-  return value;
+/// Rounds to nearest, ties to even; NaN stays NaN.
+static inline void Store(float value, BFloat16* out) {
+  const uint32_t bits = BitsOf(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) {
+    out->bits = static_cast<uint16_t>((bits >> 16) | 0x0040u);
+  } else {
+    out->bits = static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  }
+}
+
+/// Rounds to nearest, ties to even; what is too large becomes infinity; NaN stays NaN.
+static inline void Store(float value, Float16* out) {
+  const uint32_t bits = BitsOf(value);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  uint32_t half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00u;
+  } else if (magnitude >= 0x477ff000u) {  // 65520 and more.
+    half = 0x7c00u;
+  } else if (magnitude >= 0x38800000u) {  // Normal: 2^-14 and more.
+    half = (magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
+  } else {
+    // Subnormal: adding 0.5 makes the unit in the last place 2^-24, so the addition rounds.
+    half = BitsOf(FloatFromBits(magnitude) + 0.5f) - 0x3f000000u;
+  }
+  out->bits = static_cast<uint16_t>(sign | half);
 }
 
 }  // namespace moe_export

@@ -1,0 +1,1 @@
+"""Libraries of moe-export for inference runtimes: ``cpu/libmoe_export_cpu.so`` for ONNX Runtime."""
