@@ -1,7 +1,9 @@
-// All routed experts of one MoE layer: dispatch, up (and gate) projection, activation, down projection, combine.
+// All routed experts of one MoE layer: dispatch, up (and gate) projection, activation, down projection,
+// combine.
 //
-// The semantics are those of the op `moe_export::ExpertMLP` (moe_export/ops/expert_mlp.py has the contract and the
-// float64 reference). Plain C++17, no ONNX Runtime; the adapter fills ExpertMlpArgs and maps the error string.
+// The semantics are those of the op `moe_export::ExpertMLP` (moe_export/ops/expert_mlp.py has the contract
+// and the float64 reference). Plain C++17, no ONNX Runtime; the adapter fills ExpertMlpArgs and maps the
+// error string.
 //
 // Symbols: T tokens, K experts per token, E experts, H hidden size, I intermediate size.
 
@@ -12,15 +14,15 @@
 #include <cstdint>
 #include <string>
 
-#include "parallel.h"
+#include "kernels/dtype.h"
+#include "kernels/parallel.h"
 
 namespace moe_export::cpu {
 
-enum class DType { kFloat32, kFloat16, kBFloat16 };
-
 enum class Activation { kSilu, kGelu, kGeluTanh, kRelu, kRelu2, kClampedSwiglu };
 
-// How gate and up lie in the up matrix: first all gate columns, then all up columns; or gate 0, up 0, gate 1, ...
+// How gate and up lie in the up matrix: first all gate columns, then all up columns; or gate 0, up 0, gate 1,
+// ...
 enum class GateLayout { kConcatenated, kInterleaved };
 
 // How the weights lie in memory.
@@ -35,7 +37,8 @@ enum class WeightForm {
 // down: D = ceil(H / 64); panel d, row i holds columns 64 d .. 64 d + 63 of the [I, H] matrix.
 // up, not gated: U = ceil(I / 64), the same of the [H, I] matrix.
 // up, gated: U = ceil(I / 32); panel u, row h holds gate columns 32 u .. 32 u + 31, then up columns 32 u ..
-// 32 u + 31, whatever the layout of the source was: `layout` says nothing about packed weights, only about up_bias.
+// 32 u + 31, whatever the layout of the source was: `layout` says nothing about packed weights, only about
+// up_bias.
 inline constexpr int64_t kPanelColumns = 64;
 inline constexpr int64_t kPanelPairs = 32;
 
@@ -48,9 +51,10 @@ constexpr int64_t DownPanels(int64_t hidden) { return (hidden + kPanelColumns - 
 
 // Where the kernel gets memory that it needs during one call.
 //
-// Allocate() is called a few times per call, from the calling thread only, with sizes that depend on the shapes.
-// The memory must stay valid until ExpertMlp() returns; the kernel never frees it. No alignment is needed. An arena
-// that keeps its memory between calls is much faster than malloc, whose large blocks are unmapped again.
+// Allocate() is called a few times per call, from the calling thread only, with sizes that depend on the
+// shapes. The memory must stay valid until ExpertMlp() returns; the kernel never frees it. No alignment is
+// needed. An arena that keeps its memory between calls is much faster than malloc, whose large blocks are
+// unmapped again.
 class ScratchAllocator {
  public:
   ScratchAllocator() = default;
@@ -64,14 +68,14 @@ class ScratchAllocator {
 
 struct ExpertMlpArgs {
   // Dense, row-major. Pointers of tensors with no element may be null.
-  const void* hidden = nullptr;          // [T, H], `activation_dtype`
-  const int32_t* expert_ids = nullptr;   // [T, K]; negative or >= E: that assignment contributes zero
-  const float* routing = nullptr;        // [T, K] routing weights
-  const void* up = nullptr;              // `weight_dtype`, shape by `form`
-  const void* down = nullptr;            // `weight_dtype`, shape by `form`
-  const void* up_bias = nullptr;         // [E, 2I or I], `bias_dtype`, columns as `layout` says; null: none
-  const void* down_bias = nullptr;       // [E, H], `bias_dtype`; null: none
-  void* out = nullptr;                   // [T, H], `activation_dtype`; must not overlap an input
+  const void* hidden = nullptr;         // [T, H], `activation_dtype`
+  const int32_t* expert_ids = nullptr;  // [T, K]; negative or >= E: that assignment contributes zero
+  const float* routing = nullptr;       // [T, K] routing weights
+  const void* up = nullptr;             // `weight_dtype`, shape by `form`
+  const void* down = nullptr;           // `weight_dtype`, shape by `form`
+  const void* up_bias = nullptr;        // [E, 2I or I], `bias_dtype`, columns as `layout` says; null: none
+  const void* down_bias = nullptr;      // [E, H], `bias_dtype`; null: none
+  void* out = nullptr;                  // [T, H], `activation_dtype`; must not overlap an input
 
   int64_t tokens = 0;             // T >= 0
   int64_t top_k = 0;              // K >= 0
@@ -91,17 +95,17 @@ struct ExpertMlpArgs {
   float limit = 7.0f;    // kClampedSwiglu: clamp
 };
 
-// Computes `out`. All sums are in float32, in an order that depends on the shapes and ids only, never on which thread
-// did what, so equal inputs give equal bits.
+// Computes `out`. All sums are in float32, in an order that depends on the shapes and ids only, never on
+// which thread did what, so equal inputs give equal bits.
 //
-// Returns an empty string, or what is wrong with the arguments (which one, its value, what was expected) or that
-// there was no memory; `out` is then unspecified. Never throws. Values that are not finite go through the sums as
-// IEEE 754 says.
+// Returns an empty string, or what is wrong with the arguments (which one, its value, what was expected) or
+// that there was no memory; `out` is then unspecified. Never throws. Values that are not finite go through
+// the sums as IEEE 754 says.
 std::string ExpertMlp(const ExpertMlpArgs& args, ParallelFor& pool, ScratchAllocator& scratch);
 
-// Instruction set that ExpertMlp() uses on this machine: "avx512", "avx2" or "portable". The environment variable
-// MOE_EXPORT_CPU_ISA lowers it (for tests); it is read at the first call. A value that this machine or this build
-// does not have makes ExpertMlp() return an error.
+// Instruction set that ExpertMlp() uses on this machine: "avx512", "avx2" or "portable". The environment
+// variable MOE_EXPORT_CPU_ISA lowers it (for tests); it is read at the first call. A value that this machine
+// or this build does not have makes ExpertMlp() return an error.
 const char* ActiveIsa();
 
 }  // namespace moe_export::cpu

@@ -1,4 +1,5 @@
-// Parallel-for that the kernels are written against, so that they know neither ONNX Runtime nor a thread library.
+// Parallel-for that the kernels are written against, so that they know neither ONNX Runtime nor a thread
+// library.
 //
 // Two implementations: ThreadParallelFor below (std::thread, for the C++ tests) and the adapter's, over ONNX
 // Runtime's own pool (KernelContext_ParallelFor).
@@ -14,10 +15,10 @@ namespace moe_export::cpu {
 
 // Runs independent tasks, on several threads where there are several.
 //
-// The kernels call Run() with at most threads() tasks at a time. Each task is one worker: it claims pieces of work
-// from a counter until none is left, and owns one slice of the scratch memory. So a pool that runs the tasks one
-// after the other is correct too: the first task does all the work and the others return at once. For the same
-// reason threads() may be more than the pool really has; it must not be less than 1.
+// The kernels call Run() with at most threads() tasks at a time. Each task is one worker: it claims pieces of
+// work from a counter until none is left, and owns one slice of the scratch memory. So a pool that runs the
+// tasks one after the other is correct too: the first task does all the work and the others return at once.
+// For the same reason threads() may be more than the pool really has; it must not be less than 1.
 class ParallelFor {
  public:
   // `context` is what the caller gave to Run(), `task` is in [0, tasks). Must not throw.
@@ -31,8 +32,8 @@ class ParallelFor {
   // How many tasks can run at the same time, the calling thread included; at least 1.
   virtual int threads() const = 0;
 
-  // Calls function(context, i) once for each i in [0, tasks) and returns when all have returned. What the tasks
-  // wrote is visible to the caller then. Not called from inside a task.
+  // Calls function(context, i) once for each i in [0, tasks) and returns when all have returned. What the
+  // tasks wrote is visible to the caller then. Not called from inside a task.
   virtual void Run(int64_t tasks, Function function, void* context) = 0;
 };
 
@@ -44,11 +45,13 @@ void RunTasks(ParallelFor& pool, int64_t tasks, Callable&& callable) {
     return;
   }
   pool.Run(
-      tasks, [](void* context, int64_t task) { (*static_cast<std::remove_reference_t<Callable>*>(context))(task); },
+      tasks,
+      [](void* context, int64_t task) { (*static_cast<std::remove_reference_t<Callable>*>(context))(task); },
       &callable);
 }
 
-// A pool of std::threads. For tests and stand-alone programs; Run() must not be called by two threads at once.
+// A pool of std::threads. For tests and stand-alone programs; Run() must not be called by two threads at
+// once.
 class ThreadParallelFor final : public ParallelFor {
  public:
   // `threads` includes the calling one; values below 1 count as 1.
