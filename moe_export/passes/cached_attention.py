@@ -246,6 +246,10 @@ def _replace(model: ir.Model, found: CacheAttention, scale: float) -> None:
     swapped = add("Transpose", [heads], perm=[0, 2, 1, 3])
     for new in (query, key, value, out, heads, swapped):
         new.dtype = dtype
+    if found.query.shape is not None:
+        rows, length = found.query.shape[0], found.query.shape[2]
+        out.shape = ir.Shape([rows, length, found.heads * found.head_size])
+        heads.shape = ir.Shape([rows, length, found.heads, found.head_size])
     anchor = found.output.producer()
     assert anchor is not None
     graph.insert_before(anchor, tape)

@@ -7,6 +7,7 @@ from .attach_router import AttachRouter
 from .base import Pass, PassContext
 from .bfloat16_weights import BFloat16Weights
 from .cached_attention import CachedAttention
+from .causal_masks import CausalMasks
 from .library_fusions import LibraryFusions
 from .merge_reshapes import MergeReshapes
 from .mixed_norms import SplitMixedNorms
@@ -19,6 +20,7 @@ PIPELINES: dict[str, tuple[type[Pass], ...]] = {
         CachedAttention,
         LibraryFusions,
         SplitMixedNorms,
+        CausalMasks,
         MergeReshapes,
         UnrollExperts,
         BFloat16Weights,
