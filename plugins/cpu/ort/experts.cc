@@ -1,0 +1,118 @@
+// GroupedMatMul and ExpertMLP.
+#include "kernels/grouped_matmul.h"
+#include "ort/kernels.h"
+
+namespace moe_export::ort {
+
+GroupedMatMulKernel::GroupedMatMulKernel(const NodeInfo& node)
+    : rows_dtype_(ToDType(node.InputType(0), "moe_export.GroupedMatMul: input rows")),
+      weight_dtype_(ToDType(node.InputType(1), "moe_export.GroupedMatMul: input weight")),
+      transposed_(node.Flag("transposed", false)) {}
+
+void GroupedMatMulKernel::Compute(const NodeRun& run) const {
+  cpu::GroupedMatMulArgs args;
+  const Tensor rows = run.Input(0, "rows", 2);
+  const Tensor weight = run.Input(1, "weight", 3);
+  const Tensor offsets = run.Input(2, "offsets", 1);
+  args.row_count = rows.shape[0];
+  args.inner = rows.shape[1];
+  args.experts = weight.shape[0];
+  args.columns = weight.shape[transposed_ ? 2 : 1];
+  run.CheckDimension(weight, "weight", transposed_ ? 1 : 2, args.inner, "columns of rows");
+  run.CheckDimension(offsets, "offsets", 0, args.experts + 1, "experts of weight, and one");
+  args.rows = rows.data;
+  args.weight = weight.data;
+  args.offsets = static_cast<const int64_t*>(offsets.data);
+  args.rows_dtype = rows_dtype_;
+  args.weight_dtype = weight_dtype_;
+  args.transposed = transposed_;
+  args.out = run.Output(0, {args.row_count, args.columns});
+  Pool pool(run);
+  run.Check(cpu::GroupedMatMul(args, pool));
+}
+
+ExpertMlpKernel::ExpertMlpKernel(const NodeInfo& node) {
+  cpu::ExpertMlpArgs& a = attributes_;
+  a.num_experts = node.IntFrom("num_experts", 0, 1);
+  a.activation = static_cast<cpu::Activation>(
+      node.Choice("activation", "silu", {"silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu"}));
+  a.gated = node.Flag("gated", true);
+  a.layout =
+      static_cast<cpu::GateLayout>(node.Choice("layout", "concatenated", {"concatenated", "interleaved"}));
+  a.form = node.Flag("transposed", false) ? cpu::WeightForm::kInOut : cpu::WeightForm::kOutIn;
+  a.alpha = node.Float("alpha", 1.702f);
+  a.limit = node.Float("limit", 7.0f);
+  biased_ = node.Flag("biased", false);
+  if (a.activation == cpu::Activation::kClampedSwiglu && !a.gated) {
+    node.Fail("attribute activation is clamped_swiglu, which needs gated = 1");
+  }
+  a.activation_dtype = ToDType(node.InputType(0), "moe_export.ExpertMLP: input hidden");
+  a.weight_dtype = ToDType(node.InputType(3), "moe_export.ExpertMLP: input up");
+  if (ToDType(node.InputType(4), "moe_export.ExpertMLP: input down") != a.weight_dtype) {
+    node.Fail("inputs up and down have different dtypes");
+  }
+  const ONNXTensorElementDataType up_bias = node.InputType(5);
+  const ONNXTensorElementDataType down_bias = node.InputType(6);
+  if (biased_) {
+    if (up_bias == kAnyType) node.Fail("input up_bias is missing; attribute biased is 1");
+    if (down_bias == kAnyType) node.Fail("input down_bias is missing; attribute biased is 1");
+    a.bias_dtype = ToDType(up_bias, "moe_export.ExpertMLP: input up_bias");
+    if (ToDType(down_bias, "moe_export.ExpertMLP: input down_bias") != a.bias_dtype) {
+      node.Fail("inputs up_bias and down_bias have different dtypes");
+    }
+  } else if (up_bias != kAnyType || down_bias != kAnyType) {
+    node.Fail("a bias is given; attribute biased is 0");
+  }
+}
+
+void ExpertMlpKernel::Compute(const NodeRun& run) const {
+  cpu::ExpertMlpArgs args = attributes_;
+  const Tensor hidden = run.Input(0, "hidden", 2);
+  const Tensor ids = run.Input(1, "expert_ids", 2);
+  const Tensor weights = run.Input(2, "weights", 2);
+  args.tokens = hidden.shape[0];
+  args.hidden_size = hidden.shape[1];
+  args.top_k = ids.shape[1];
+  if (args.hidden_size < 1) run.Fail("input hidden has shape " + hidden.ShapeText() + "; expected columns");
+  run.CheckDimension(ids, "expert_ids", 0, args.tokens, "rows of hidden");
+  run.CheckDimension(weights, "weights", 0, args.tokens, "rows of hidden");
+  run.CheckDimension(weights, "weights", 1, args.top_k, "columns of expert_ids");
+  args.hidden = hidden.data;
+  args.expert_ids = static_cast<const int32_t*>(ids.data);
+  args.routing = static_cast<const float*>(weights.data);
+  TakeWeights(run, args);
+  if (biased_) TakeBiases(run, args);
+  args.out = run.Output(0, hidden.shape);
+  Pool pool(run);
+  Arena arena(run);
+  run.Check(cpu::ExpertMlp(args, pool, arena));
+}
+
+void ExpertMlpKernel::TakeWeights(const NodeRun& run, cpu::ExpertMlpArgs& args) const {
+  const Tensor up = run.Input(3, "up", 3);
+  const Tensor down = run.Input(4, "down", 3);
+  const bool in_out = args.form == cpu::WeightForm::kInOut;
+  run.CheckDimension(up, "up", 0, args.num_experts, "attribute num_experts");
+  run.CheckDimension(down, "down", 0, args.num_experts, "attribute num_experts");
+  run.CheckDimension(up, "up", in_out ? 1 : 2, args.hidden_size, "columns of hidden");
+  run.CheckDimension(down, "down", in_out ? 2 : 1, args.hidden_size, "columns of hidden");
+  args.intermediate_size = down.shape[in_out ? 1 : 2];
+  if (args.intermediate_size < 1) run.Fail("input down has shape " + down.ShapeText() + "; it is empty");
+  run.CheckDimension(up, "up", in_out ? 2 : 1, args.intermediate_size * (args.gated ? 2 : 1),
+                     args.gated ? "twice the intermediate size of down" : "the intermediate size of down");
+  args.up = up.data;
+  args.down = down.data;
+}
+
+void ExpertMlpKernel::TakeBiases(const NodeRun& run, cpu::ExpertMlpArgs& args) const {
+  const Tensor up_bias = run.Input(5, "up_bias", 2);
+  const Tensor down_bias = run.Input(6, "down_bias", 2);
+  run.CheckDimension(up_bias, "up_bias", 0, args.num_experts, "attribute num_experts");
+  run.CheckDimension(down_bias, "down_bias", 0, args.num_experts, "attribute num_experts");
+  run.CheckDimension(up_bias, "up_bias", 1, args.intermediate_size * (args.gated ? 2 : 1), "columns of up");
+  run.CheckDimension(down_bias, "down_bias", 1, args.hidden_size, "columns of hidden");
+  args.up_bias = up_bias.data;
+  args.down_bias = down_bias.data;
+}
+
+}  // namespace moe_export::ort

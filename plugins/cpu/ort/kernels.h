@@ -1,0 +1,100 @@
+// The five ops of the `moe_export` domain, version 1, as kernels for Op<>. Their contracts are in
+// moe_export/ops.
+#ifndef MOE_EXPORT_PLUGINS_CPU_ORT_KERNELS_H_
+#define MOE_EXPORT_PLUGINS_CPU_ORT_KERNELS_H_
+
+#include "kernels/expert_mlp.h"
+#include "kernels/router.h"
+#include "ort/op.h"
+
+namespace moe_export::ort {
+
+class RouterKernel {
+ public:
+  static constexpr const char* kName = "Router";
+  static constexpr Port kInputs[] = {{"logits", kOwnType},
+                                     {"selection_bias", kAnyType, true},
+                                     {"sequence_length", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, true}};
+  static constexpr Port kOutputs[] = {{"weights", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT},
+                                      {"expert_ids", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32}};
+
+  explicit RouterKernel(const NodeInfo& node);
+  void Compute(const NodeRun& run) const;
+
+ private:
+  cpu::RouterArgs attributes_;
+  bool biased_;
+};
+
+class DispatchKernel {
+ public:
+  static constexpr const char* kName = "Dispatch";
+  static constexpr Port kInputs[] = {{"expert_ids", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32}};
+  static constexpr Port kOutputs[] = {{"order", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64},
+                                      {"offsets", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64},
+                                      {"tokens", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64}};
+
+  explicit DispatchKernel(const NodeInfo& node);
+  void Compute(const NodeRun& run) const;
+
+ private:
+  int64_t experts_;
+  bool drops_;
+};
+
+class GroupedMatMulKernel {
+ public:
+  static constexpr const char* kName = "GroupedMatMul";
+  static constexpr Port kInputs[] = {
+      {"rows", kOwnType}, {"weight", kAnyType}, {"offsets", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64}};
+  static constexpr Port kOutputs[] = {{"out", kOwnType}};
+
+  explicit GroupedMatMulKernel(const NodeInfo& node);
+  void Compute(const NodeRun& run) const;
+
+ private:
+  DType rows_dtype_, weight_dtype_;
+  bool transposed_;
+};
+
+class CombineKernel {
+ public:
+  static constexpr const char* kName = "Combine";
+  static constexpr Port kInputs[] = {{"rows", kOwnType},
+                                     {"order", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64},
+                                     {"weights", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT}};
+  static constexpr Port kOutputs[] = {{"out", kOwnType}};
+
+  explicit CombineKernel(const NodeInfo& node);
+  void Compute(const NodeRun& run) const;
+
+ private:
+  DType dtype_;
+};
+
+class ExpertMlpKernel {
+ public:
+  static constexpr const char* kName = "ExpertMLP";
+  static constexpr Port kInputs[] = {{"hidden", kOwnType},
+                                     {"expert_ids", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32},
+                                     {"weights", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT},
+                                     {"up", kAnyType},
+                                     {"down", kAnyType},
+                                     {"up_bias", kAnyType, true},
+                                     {"down_bias", kAnyType, true}};
+  static constexpr Port kOutputs[] = {{"out", kOwnType}};
+
+  explicit ExpertMlpKernel(const NodeInfo& node);
+  void Compute(const NodeRun& run) const;
+
+ private:
+  void TakeWeights(const NodeRun& run, cpu::ExpertMlpArgs& args) const;
+  void TakeBiases(const NodeRun& run, cpu::ExpertMlpArgs& args) const;
+
+  cpu::ExpertMlpArgs attributes_;
+  bool biased_;
+};
+
+}  // namespace moe_export::ort
+
+#endif  // MOE_EXPORT_PLUGINS_CPU_ORT_KERNELS_H_
