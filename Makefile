@@ -1,10 +1,11 @@
 # Every target makes its own virtual environment first (VENV), installs the pinned versions of constraints.txt into
-# it once, and again only after pyproject.toml or constraints.txt changed.
+# it once, and again only after pyproject.toml, constraints.txt or the plugins' sources changed.
 VENV ?= .venv
 PYTHON ?= python3
 JOBS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.moe-export-installed
+PLUGIN_SOURCES := $(shell find plugins -type f -not -name '*.pyc')
 
 # One compute thread per test process: JOBS processes share the cores.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
@@ -25,7 +26,7 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(0 if sys.version_info >= (3, 11) else "error: Python 3.11 or newer is needed, $(PYTHON) is " + v + "; set PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
 
-$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+$(STAMP): pyproject.toml constraints.txt $(PLUGIN_SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	@touch $(STAMP)
 

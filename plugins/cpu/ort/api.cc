@@ -178,7 +178,7 @@ const OrtValue* NodeRun::Value(size_t index) const {
 
 bool NodeRun::HasInput(size_t index) const { return Value(index) != nullptr; }
 
-Tensor NodeRun::Input(size_t index, const char* name, size_t rank) const {
+Tensor NodeRun::Input(size_t index, const char* name) const {
   const OrtValue* value = Value(index);
   if (value == nullptr) Fail("input " + std::string(name) + " is missing");
   OrtTensorTypeAndShapeInfo* info = nullptr;
@@ -190,15 +190,30 @@ Tensor NodeRun::Input(size_t index, const char* name, size_t rank) const {
   Throw(api_, api_.GetDimensionsCount(info, &dimensions));
   tensor.shape.resize(dimensions);
   Throw(api_, api_.GetDimensions(info, tensor.shape.data(), dimensions));
-  if (dimensions != rank) {
-    Fail("input " + std::string(name) + " has shape " + tensor.ShapeText() + "; expected " +
-         std::to_string(rank) + " dimensions");
-  }
   void* data = nullptr;
   // The C API has no const access; nothing writes through this pointer.
   Throw(api_, api_.GetTensorMutableData(const_cast<OrtValue*>(value), &data));
   tensor.data = data;
   return tensor;
+}
+
+Tensor NodeRun::Input(size_t index, const char* name, size_t rank) const {
+  Tensor tensor = Input(index, name);
+  if (tensor.shape.size() != rank) {
+    Fail("input " + std::string(name) + " has shape " + tensor.ShapeText() + "; expected " +
+         std::to_string(rank) + " dimensions");
+  }
+  return tensor;
+}
+
+int64_t NodeRun::Int64(size_t index, const char* name) const {
+  const Tensor tensor = Input(index, name);
+  for (const int64_t size : tensor.shape) {
+    if (size != 1) {
+      Fail("input " + std::string(name) + " has shape " + tensor.ShapeText() + "; expected a single number");
+    }
+  }
+  return *static_cast<const int64_t*>(tensor.data);
 }
 
 void* NodeRun::Output(size_t index, const std::vector<int64_t>& shape) const {

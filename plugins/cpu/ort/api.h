@@ -87,6 +87,9 @@ class NodeRun {
   const OrtApi& api() const { return api_; }
   OrtKernelContext* context() const { return context_; }
 
+  /// Input `index`, a single int64. Throws Error when it is missing or has more elements.
+  int64_t Int64(size_t index, const char* name) const;
+
   /// Input `index`, whose rank is checked. Throws Error when it is missing.
   Tensor Input(size_t index, const char* name, size_t rank) const;
 
@@ -110,6 +113,7 @@ class NodeRun {
 
  private:
   const OrtValue* Value(size_t index) const;
+  Tensor Input(size_t index, const char* name) const;
 
   const OrtApi& api_;
   OrtKernelContext* context_;

@@ -49,8 +49,7 @@ void RouterKernel::Compute(const NodeRun& run) const {
     run.Fail("input selection_bias is given; attribute biased is 0");
   }
   if (args.capacity > 0 && args.tokens > 0) {
-    const Tensor length = run.Input(2, "sequence_length", 0);
-    args.sequence_length = *static_cast<const int64_t*>(length.data);
+    args.sequence_length = run.Int64(2, "sequence_length");
     if (args.sequence_length < 1) {
       run.Fail("input sequence_length is " + std::to_string(args.sequence_length) + "; expected at least 1");
     }
