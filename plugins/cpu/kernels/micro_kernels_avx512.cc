@@ -1,0 +1,17 @@
+// The inner loops for AVX-512 (F, BW, DQ, VL).
+
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC's own AVX-512 header starts unused vectors from themselves (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+#include "kernels/micro_kernels_impl.h"
+
+namespace moe_export::cpu {
+
+const KernelTable& Avx512Kernels() {
+  static constexpr KernelTable table = MakeTable("avx512");
+  return table;
+}
+
+}  // namespace moe_export::cpu

@@ -1,0 +1,243 @@
+#include "kernels/panel_product.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace moe_export::cpu {
+namespace {
+
+// Columns first, first + step, ... (count of them) of the matrix make one half of the panel.
+struct Half {
+  int64_t first;
+  int64_t step;
+  int64_t count;
+};
+
+// How the weights reach the registers.
+enum class Path {
+  kTile,     // the tile reads them where they are
+  kDot,      // dot products along contiguous columns
+  kScratch,  // a block of the depth is copied as a float32 panel first
+};
+
+// From this many rows on, float16 and bfloat16 panels are widened once instead of in every tile.
+constexpr int64_t kWidenFrom = 2 * kTileRows + 1;
+// Up to this many rows, columns that lie contiguously are multiplied as dot products.
+constexpr int64_t kDotUpTo = 2 * kTileRows;
+// Bytes that a tile which streams its panel from memory prefetches ahead.
+constexpr int64_t kStreamAhead = 4096;
+
+void SplitPanel(const MatrixStack& stack, int64_t panel, Half (&halves)[2]) {
+  if (!stack.gated) {
+    const int64_t first = panel * kPanelColumns;
+    const int64_t count = std::min(kPanelColumns, stack.columns - first);
+    halves[0] = {first, 1, std::min<int64_t>(kHalfColumns, count)};
+    halves[1] = {first + kHalfColumns, 1, std::max<int64_t>(0, count - kHalfColumns)};
+    return;
+  }
+  const int64_t pairs = stack.columns / 2;
+  const int64_t first = panel * kPanelPairs;
+  const int64_t count = std::min(kPanelPairs, pairs - first);
+  if (stack.layout == GateLayout::kInterleaved) {
+    halves[0] = {2 * first, 2, count};
+    halves[1] = {2 * first + 1, 2, count};
+  } else {
+    halves[0] = {first, 1, count};
+    halves[1] = {pairs + first, 1, count};
+  }
+}
+
+class PanelProduct {
+ public:
+  PanelProduct(const KernelTable& kernels, const MatrixStack& stack, int64_t expert, int64_t panel)
+      : kernels_(kernels),
+        stack_(stack),
+        type_(static_cast<int>(stack.dtype)),
+        size_(static_cast<int64_t>(SizeOf(stack.dtype))) {
+    matrix_ = static_cast<const char*>(stack.data);
+    if (stack.form == WeightForm::kPacked) {
+      matrix_ += (expert * stack.Panels() + panel) * stack.depth * kPanelColumns * size_;
+    } else {
+      matrix_ += expert * stack.depth * stack.columns * size_;
+      SplitPanel(stack, panel, halves_);
+    }
+  }
+
+  void Run(const RowSource& rows, int64_t first, int64_t count, float* c, float* scratch,
+           const void* next) const {
+    const Path path = ChoosePath(count);
+    if (path == Path::kDot) return RunDot(rows, first, count, c);
+    const int64_t tiles = (count + kTileRows - 1) / kTileRows;
+    for (int64_t k = 0; k < stack_.depth; k += kDepthBlock) {
+      const int64_t depth = std::min(kDepthBlock, stack_.depth - k);
+      Source source = path == Path::kTile ? InPlace(k) : Copied(k, depth, scratch);
+      const bool last = k + depth == stack_.depth;
+      if (stack_.form == WeightForm::kPacked) source.next = last ? next : InPlace(k + depth).b0;
+      RunTiles(source, rows, first, count, k, depth, tiles, c);
+    }
+  }
+
+ private:
+  struct Source {
+    const void* b0 = nullptr;
+    const void* b1 = nullptr;
+    int64_t stride = kPanelColumns;
+    int type = static_cast<int>(DType::kFloat32);
+    const void* next = nullptr;  // the block after this one, or null
+  };
+
+  Path ChoosePath(int64_t count) const {
+    switch (stack_.form) {
+      case WeightForm::kPacked:
+        return stack_.dtype != DType::kFloat32 && count >= kWidenFrom ? Path::kScratch : Path::kTile;
+      case WeightForm::kOutIn:
+        return count <= kDotUpTo ? Path::kDot : Path::kScratch;
+      case WeightForm::kInOut:
+        break;
+    }
+    const bool whole =
+        halves_[0].count == kHalfColumns && halves_[1].count == kHalfColumns && halves_[0].step == 1;
+    return whole && count <= kTileRows ? Path::kTile : Path::kScratch;
+  }
+
+  // Address of element (k, column) of a matrix that is not packed.
+  const char* Element(int64_t k, int64_t column) const {
+    const int64_t at =
+        stack_.form == WeightForm::kOutIn ? column * stack_.depth + k : k * stack_.columns + column;
+    return matrix_ + at * size_;
+  }
+
+  Source InPlace(int64_t k) const {
+    Source source;
+    source.type = type_;
+    if (stack_.form == WeightForm::kPacked) {
+      source.b0 = matrix_ + k * kPanelColumns * size_;
+      source.b1 = static_cast<const char*>(source.b0) + kHalfColumns * size_;
+    } else {
+      source.b0 = Element(k, halves_[0].first);
+      source.b1 = Element(k, halves_[1].first);
+      source.stride = stack_.columns;
+    }
+    return source;
+  }
+
+  Source Copied(int64_t k, int64_t depth, float* scratch) const {
+    Source source;
+    source.b0 = scratch;
+    source.b1 = scratch + kHalfColumns;
+    if (stack_.form == WeightForm::kPacked) {
+      kernels_.widen[type_](matrix_ + k * kPanelColumns * size_, scratch, depth * kPanelColumns);
+      return source;
+    }
+    if (halves_[0].count + halves_[1].count < kPanelColumns) {
+      std::memset(scratch, 0, static_cast<size_t>(depth * kPanelColumns) * sizeof(float));
+    }
+    for (int h = 0; h < 2; ++h) {
+      const Half& half = halves_[h];
+      if (half.count == 0) continue;
+      float* to = scratch + h * kHalfColumns;
+      if (stack_.form == WeightForm::kOutIn) {
+        kernels_.transpose[type_](Element(k, half.first), half.step * stack_.depth, half.count, depth, to);
+      } else if (half.step == 1) {
+        for (int64_t i = 0; i < depth; ++i) {
+          kernels_.widen[type_](Element(k + i, half.first), to + i * kPanelColumns, half.count);
+        }
+      } else {
+        for (int64_t i = 0; i < depth; ++i)
+          CopyStrided(Element(k + i, half.first), half, to + i * kPanelColumns);
+      }
+    }
+    return source;
+  }
+
+  void CopyStrided(const char* from, const Half& half, float* to) const {
+    for (int64_t j = 0; j < half.count; ++j) {
+      const char* element = from + j * half.step * size_;
+      if (stack_.dtype == DType::kFloat32) {
+        std::memcpy(to + j, element, sizeof(float));
+      } else {
+        uint16_t bits;
+        std::memcpy(&bits, element, sizeof(bits));
+        to[j] = stack_.dtype == DType::kFloat16 ? ToFloat(Float16{bits}) : ToFloat(BFloat16{bits});
+      }
+    }
+  }
+
+  void RunTiles(const Source& source, const RowSource& rows, int64_t first, int64_t count, int64_t k,
+                int64_t depth, int64_t tiles, float* c) const {
+    int64_t row = 0;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t height = (count - row + (tiles - tile) - 1) / (tiles - tile);
+      const float* a[kTileRows];
+      for (int64_t r = 0; r < height; ++r) a[r] = rows.Row(first + row + r) + k;
+      Prefetch lines = Prefetch::kNone;
+      const void* ahead = Ahead(source, tiles, tile, depth, &lines);
+      kernels_.tile[source.type](static_cast<int>(height), a, source.b0, source.b1, source.stride, depth,
+                                 c + row * kTileColumns, k > 0, ahead, lines);
+      row += height;
+    }
+  }
+
+  // What tile number `tile` of `tiles` prefetches: alone, some kilobytes ahead in its own panel; else its
+  // share of the next block, so that memory is never idle while the tiles multiply.
+  const void* Ahead(const Source& source, int64_t tiles, int64_t tile, int64_t depth, Prefetch* lines) const {
+    if (stack_.form != WeightForm::kPacked) return nullptr;
+    const int64_t all = 4 * kPanelColumns * size_ / 64;
+    if (tiles == 1) {
+      *lines = static_cast<Prefetch>(all);
+      return static_cast<const char*>(source.b0) + kStreamAhead;
+    }
+    if (source.next == nullptr) return nullptr;
+    int64_t share = all;
+    while (share > 4 && share / 2 * tiles >= all) share /= 2;
+    if (tile * share >= all) return nullptr;
+    *lines = static_cast<Prefetch>(share);
+    return static_cast<const char*>(source.next) + tile * share * (depth / 4) * 64;
+  }
+
+  void RunDot(const RowSource& rows, int64_t first, int64_t count, float* c) const {
+    const int64_t tiles = (count + kTileRows - 1) / kTileRows;
+    for (int h = 0; h < 2; ++h) {
+      const Half& half = halves_[h];
+      if (half.count < kHalfColumns) {
+        for (int64_t r = 0; r < count; ++r) {
+          std::memset(c + r * kTileColumns + h * kHalfColumns, 0, kHalfColumns * sizeof(float));
+        }
+      }
+      if (half.count == 0) continue;
+      int64_t row = 0;
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t height = (count - row + (tiles - tile) - 1) / (tiles - tile);
+        const float* a[kTileRows];
+        for (int64_t r = 0; r < height; ++r) a[r] = rows.Row(first + row + r);
+        kernels_.dot[type_](static_cast<int>(height), a, Element(0, half.first), half.step * stack_.depth,
+                            half.count, stack_.depth, c + row * kTileColumns + h * kHalfColumns);
+        row += height;
+      }
+    }
+  }
+
+  const KernelTable& kernels_;
+  const MatrixStack& stack_;
+  const int type_;
+  const int64_t size_;
+  const char* matrix_ = nullptr;
+  Half halves_[2] = {};
+};
+
+}  // namespace
+
+void MultiplyPanel(const KernelTable& kernels, const MatrixStack& stack, int64_t expert, int64_t panel,
+                   const RowSource& rows, int64_t first, int64_t count, float* c, float* scratch,
+                   const void* next) {
+  PanelProduct(kernels, stack, expert, panel).Run(rows, first, count, c, scratch, next);
+}
+
+const void* PanelAddress(const MatrixStack& stack, int64_t expert, int64_t panel) {
+  if (stack.form != WeightForm::kPacked) return nullptr;
+  const int64_t size = static_cast<int64_t>(SizeOf(stack.dtype));
+  return static_cast<const char*>(stack.data) +
+         (expert * stack.Panels() + panel) * stack.depth * kPanelColumns * size;
+}
+
+}  // namespace moe_export::cpu
