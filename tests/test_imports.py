@@ -15,14 +15,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "moe_export"
 
 # Every part of the package and what stands above it may import. "base" is what stands below all.
-BASE = {"errors", "schema", "progress", "config", "files", "trace"}
+BASE = {"errors", "schema", "progress", "config", "files", "trace", "costs"}
 LAYERS = (
     {"ops"},
     {"graph"},
     {"models", "importer", "passes", "bundle"},
     {"backends"},
     {"runtime"},
-    {"verify", "bench", "report", "inspect"},
+    {"verify", "bench", "report", "inspect", "planning"},
     {"api"},
     {"cli"},
     {"__main__"},

@@ -2,105 +2,59 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import click
 
 from moe_export.cli.options import common_options, json_option, trust_remote_code_option
 
-if TYPE_CHECKING:
-    from moe_export.inspect.summary import ModelSummary
 
-
-@click.command("inspect", short_help="Show parameters, MoE layers and routing.")
-@click.argument("path", metavar="SOURCE|BUNDLE")
+@click.command("inspect", short_help="Show parameters, memory, MoE layers and routing.")
+@click.argument("path", metavar="SOURCE|BUNDLE|PRESET")
+@click.option("--context", type=click.IntRange(1), help="Tokens per sequence.  [default: 4096]")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences at a time.")
+@click.option(
+    "--dtype",
+    metavar="FORMAT",
+    help="Weights as float32, bfloat16, float8, int8, int4 or mxfp4.  [default: as published]",
+)
+@click.option(
+    "--kv-dtype",
+    type=click.Choice(("float32", "bfloat16", "float16", "float8")),
+    default="bfloat16",
+    show_default=True,
+    help="Number format of the cache.",
+)
 @trust_remote_code_option
 @json_option
 @common_options
-def command(path: str, trust_remote_code: bool, as_json: bool) -> None:
-    """Show parameters, MoE layers and routing of a source model or a bundle.
+def command(
+    path: str,
+    context: int | None,
+    batch: int,
+    dtype: str | None,
+    kv_dtype: str,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    """Show what a model is and needs: parameters, memory, cache, work per token, GPUs, MoE layers, routing.
 
-    Of a Hugging Face folder only config.json is needed; no weights are read. Active parameters are everything
-    but the routed experts, plus the K of E that a token uses; without embeddings means without the input
-    embedding matrix.
+    Of a Hugging Face folder or a config.json only the config is read, no weights. A PRESET is a published
+    model (`moe-export list presets`); a path of the same name wins. Active parameters are everything but the
+    routed experts, plus the K of E that a token uses; without embeddings means without the input embedding
+    matrix. Work per token and numbers of GPUs are predicted from data sheets, not measured.
     """
+    from moe_export.cli.inspect_text import summary_text
     from moe_export.cli.output import print_json
     from moe_export.inspect.summary import inspect_path
 
-    summary = inspect_path(path, trust_remote_code=trust_remote_code)
+    summary = inspect_path(
+        path,
+        trust_remote_code=trust_remote_code,
+        context=context,
+        batch=batch,
+        weights=dtype,
+        cache=kv_dtype,
+    )
     if as_json:
         print_json(summary.to_dict())
     else:
-        click.echo(_text(summary))
-
-
-def _text(summary: ModelSummary) -> str:
-    from moe_export.cli.output import billions
-    from moe_export.files import bytes_text
-
-    dtype = summary.dtype or "dtype unknown"
-    lines = [f"{summary.class_name} ({summary.model_type}), {dtype}, {summary.kind}"]
-    details = summary.details
-    if details:
-        lines.append(
-            f"target {details['target']}, task {details['task']}, opset {details['opset']}, "
-            f"{bytes_text(details['size_bytes'])}, built {details['created']}"
-        )
-    names = {
-        "total": "total",
-        "active": "active per token",
-        "active_without_embeddings": "  without embeddings",
-        "routed_experts": "routed experts",
-        "embeddings": "input embeddings",
-    }
-    lines.append("parameters")
-    for name, text in names.items():
-        if name in summary.parameters:
-            value = summary.parameters[name]
-            exact = "" if value is None else f"  ({value})"
-            lines.append(f"  {text:<22}{billions(value):>12}{exact}")
-    if summary.routing:
-        lines.append(f"routing of the family, as tested: {summary.routing}")
-    if summary.moe_layers:
-        lines += ["", _layers(summary)]
-    lines += [f"note: {note}" for note in summary.notes]
-    return "\n".join(lines)
-
-
-def _layers(summary: ModelSummary) -> str:
-    from moe_export.cli.output import table
-
-    columns: dict[str, list[object]] = {
-        "layer": [layer.index for layer in summary.moe_layers],
-        "name": [layer.name for layer in summary.moe_layers],
-        "experts": [layer.num_experts for layer in summary.moe_layers],
-        "top-k": [_known(layer.top_k) for layer in summary.moe_layers],
-        "hidden": [_known(layer.hidden_size) for layer in summary.moe_layers],
-        "intermediate": [_known(layer.intermediate_size) for layer in summary.moe_layers],
-        "shared": [_known(layer.shared_experts) for layer in summary.moe_layers],
-        "routing": [_routing(layer.routing) for layer in summary.moe_layers],
-    }
-    if summary.kind == "bundle":  # a graph does not say which of its other parts are shared experts
-        del columns["shared"]
-    return table(list(columns), list(zip(*columns.values(), strict=True)))
-
-
-def _known(value: int | None) -> int | str:
-    return "?" if value is None else value
-
-
-_PLAIN = {"scale": 1.0, "epsilon": 0.0, "n_group": 1, "capacity": 0, "biased": 0}
-"""Router attributes that say nothing when they have these values."""
-_GROUPS = ("topk_group", "group_score", "group_mask")
-
-
-def _routing(routing: dict[str, Any]) -> str:
-    """What is known of a layer's router, without what is already in the table or switched off."""
-    router = routing.get("router")
-    if not isinstance(router, dict):
-        words = [f"{k}={v}" for k, v in routing.items() if v not in (None, "")]
-        return ", ".join(words)
-    skipped = {"layer", "top_k", "selection_bias", *(_GROUPS if router.get("n_group", 1) == 1 else ())}
-    return ", ".join(
-        f"{k}={v}" for k, v in router.items() if k not in skipped and _PLAIN.get(k) != v and v is not None
-    )
+        click.echo(summary_text(summary))

@@ -11,7 +11,7 @@ from moe_export.cli.options import common_options, json_option
 
 @click.group("list", context_settings={"help_option_names": ["-h", "--help"]})
 def command() -> None:
-    """List the registered families, ops or targets."""
+    """List the registered families, ops, targets, presets or GPUs."""
 
 
 @command.command("families")
@@ -86,6 +86,73 @@ def targets(as_json: bool) -> None:
         for name, backend in BACKENDS.items()
     ]
     _show(rows, ("name", "available", "summary"), as_json)
+
+
+@command.command("presets")
+@json_option
+@common_options
+def presets(as_json: bool) -> None:
+    """Published models that inspect and plan know by name."""
+    from moe_export.cli.output import billions
+    from moe_export.inspect.presets import presets as known
+
+    rows: list[dict[str, Any]] = []
+    for preset in known().values():
+        arch = preset.architecture
+        counts = [sum(arch.parameters().values()), sum(arch.active_parameters().values())]
+        experts = sorted({(moe.experts, moe.top_k) for moe in arch.moe_layers})
+        rows.append(
+            {
+                "name": preset.name,
+                "title": preset.title,
+                "aliases": list(preset.aliases),
+                "total": counts[0],
+                "active": counts[1],
+                "experts": experts[0][0] if experts else None,
+                "top_k": experts[0][1] if experts else None,
+                "moe_layers": len(arch.moe_layers),
+                "layers": len(arch.layers),
+                "weights": preset.weights,
+                "source": preset.source,
+            }
+        )
+    if as_json:
+        _show(rows, (), as_json)
+        return
+    for row in rows:
+        row["total"], row["active"] = billions(row["total"]), billions(row["active"])
+        row["experts"] = f"{row['top_k']} of {row['experts']}" if row["experts"] else "dense"
+    _show(rows, ("name", "total", "active", "experts", "layers", "weights", "title"), as_json)
+
+
+@command.command("gpus")
+@json_option
+@common_options
+def gpus(as_json: bool) -> None:
+    """GPUs whose data sheets inspect and plan predict with."""
+    from moe_export.cli.output import table
+    from moe_export.costs import GPUS
+
+    rows = [gpu.to_dict() for gpu in GPUS.values()]
+    if as_json:
+        _show(rows, (), as_json)
+        return
+    headers = ("name", "memory GB", "GB/s", "TFLOPS 16 bit", "float8", "link GB/s", "network GB/s", "source")
+    lines = [
+        (
+            gpu.name,
+            f"{gpu.memory / 1e9:g}",
+            f"{gpu.bandwidth / 1e9:g}",
+            f"{gpu.peaks['bfloat16'] / 1e12:g}",
+            f"{gpu.peaks['float8'] / 1e12:g}" if "float8" in gpu.peaks else "-",
+            f"{gpu.link / 1e9:g}",
+            f"{gpu.network / 1e9:g}",
+            gpu.source,
+        )
+        for gpu in GPUS.values()
+    ]
+    click.echo(table(headers, lines))
+    click.echo("\nPeaks are dense. Link and network: one direction, per GPU.")
 
 
 def _show(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> None:

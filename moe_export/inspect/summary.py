@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     import torch
 
     from moe_export.schema import MoELayer
+
+COUNTING_RULE = (
+    "total: every parameter once, shared matrices once, no buffers; active: all but the routed experts and "
+    "an image encoder, plus the K of E routed experts of every layer; without embeddings: without the input "
+    "embedding matrix"
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class ModelSummary:
     """A source model or a bundle. ``parameters``: ``total``, ``active``, ``active_without_embeddings``."""
 
     kind: str
-    """``huggingface``, ``module`` or ``bundle``."""
+    """``huggingface``, ``module``, ``bundle`` or ``preset``."""
     path: str | None
     model_type: str
     class_name: str
@@ -48,33 +54,76 @@ class ModelSummary:
     details: dict[str, Any] = field(default_factory=dict)
     """Of a bundle: target, task, opset, limits, evidence, decisions."""
     notes: tuple[str, ...] = ()
+    counting_rule: str = ""
+    components: dict[str, dict[str, int]] = field(default_factory=dict)
+    """``total`` and ``active`` parameters of each part of the model, where its family has a reader."""
+    needs: dict[str, Any] = field(default_factory=dict)
+    """Memory, cache, work per token, GPUs (see :func:`moe_export.inspect.needs.needs`)."""
+    published: tuple[dict[str, Any], ...] = ()
+    """Of a preset: its publisher's figures, by which rule, and the same figure counted here."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)
 
 
-def inspect_path(path: str | Path, *, trust_remote_code: bool = False) -> ModelSummary:
-    """Summary of a bundle, of a Hugging Face folder (its config is enough) or of ``file.py:function``.
+def inspect_path(
+    path: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    context: int | None = None,
+    batch: int = 1,
+    weights: str | None = None,
+    cache: str = "bfloat16",
+) -> ModelSummary:
+    """Summary of a bundle, a config (file or Hugging Face folder), ``file.py:function`` or a preset's name.
+
+    A path that exists wins over a preset. The needs are those of ``batch`` sequences of ``context`` tokens
+    (default: 4096, or the model's maximum if that is less) with the weights in the format ``weights``
+    (default: as published) and the cache in ``cache``.
 
     Raises:
         SourceError: nothing there that could be a model; the message says what was looked for.
     """
+    from moe_export.inspect.config_summary import (
+        can_describe,
+        config_path,
+        describe,
+        describe_config,
+        read_values,
+        summary_of,
+    )
+    from moe_export.inspect.presets import find_preset
+
     text = str(path)
     folder = Path(path)
     if (folder / "manifest.json").is_file():
         return inspect_bundle(folder)
     if ".py:" in text:
         return _inspect_function(text)
-    if not folder.is_dir():
-        raise SourceError(
-            f"{text}: no such folder; expected a bundle, a Hugging Face folder, or path/file.py:function"
-        )
-    if not (folder / "config.json").is_file():
-        raise SourceError(
-            f"{text}: neither a bundle (no manifest.json) nor a Hugging Face model (no config.json)"
-        )
-    return _inspect_huggingface(folder, trust_remote_code)
+    config = config_path(folder)
+    if config is not None:
+        values = read_values(config)
+        if can_describe(values):
+            described = describe_config(values, config)
+            # A class with another head, as for classification, has other parameters: it is built instead.
+            if described.architecture.class_name in (
+                values.get("architectures") or [described.architecture.class_name]
+            ):
+                return summary_of(described, text, context, batch, weights, cache)
+        return _inspect_huggingface(config, trust_remote_code)
+    if not folder.exists():
+        if find_preset(text) is None:
+            from moe_export.inspect.presets import presets
+
+            raise SourceError(
+                f"{text}: no such folder; expected a bundle, a Hugging Face folder, a config.json, "
+                f"path/file.py:function or a preset; {choices_text(text.lower(), presets())}"
+            )
+        return summary_of(describe(text), None, context, batch, weights, cache)
+    raise SourceError(
+        f"{text}: neither a bundle (no manifest.json) nor a Hugging Face model (no config.json)"
+    )
 
 
 def inspect_model(
@@ -94,7 +143,7 @@ def inspect_model(
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         parameters=_public(count),
         moe_layers=tuple(_layer(i, block) for i, block in enumerate(blocks)),
-        routing=_family_routing(type(model).__name__, blocks),
+        routing=family_routing(type(model).__name__, blocks),
         notes=_notes(count, blocks),
     )
 
@@ -133,7 +182,7 @@ def _layer(index: int, block: ExpertBlock) -> LayerSummary:
     )
 
 
-def _family_routing(class_name: str, layers: Sequence[ExpertBlock | MoELayer]) -> str:
+def family_routing(class_name: str, layers: Sequence[ExpertBlock | MoELayer | LayerSummary]) -> str:
     """The family's routing in words, with this model's numbers where its layers agree on them."""
     import re
 
@@ -145,31 +194,39 @@ def _family_routing(class_name: str, layers: Sequence[ExpertBlock | MoELayer]) -
     return re.sub(r"top-\d+ of \d+", f"top-{top_k or 'K'} of {experts or 'E'}", text)
 
 
-def _inspect_huggingface(folder: Path, trust_remote_code: bool) -> ModelSummary:
-    config = read_config(folder, trust_remote_code)
-    return inspect_model(
-        meta_model(config, trust_remote_code), kind="huggingface", path=str(folder), config=config
+def _inspect_huggingface(path: Path, trust_remote_code: bool) -> ModelSummary:
+    """Summary of a config whose family has no reader: its transformers class is built without memory."""
+    from moe_export.inspect.needs import weights_only
+
+    config = read_config(path, trust_remote_code)
+    where = path.parent if path.name == "config.json" else path
+    summary = inspect_model(
+        meta_model(config, trust_remote_code), kind="huggingface", path=str(where), config=config
+    )
+    note = (
+        f"cache, work per token and GPUs are not derived for the model type {summary.model_type!r}: how its "
+        "layers attend is not described in moe_export/inspect/config_readers.py"
+    )
+    total = summary.parameters["total"] or 0
+    return replace(
+        summary, needs=weights_only(total), counting_rule=COUNTING_RULE, notes=(*summary.notes, note)
     )
 
 
-def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The transformers configuration in ``folder``.
+def read_config(path: Path, trust_remote_code: bool = False) -> Any:
+    """The transformers configuration in a folder, or in a config file.
 
     Raises:
         SourceError: ``config.json`` is damaged.
         UnsupportedModelError: transformers does not know its model type.
     """
-    import json
+    from moe_export.inspect.config_summary import read_values
 
+    source = path
+    path = path / "config.json" if path.is_dir() else path
+    values = read_values(path)
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise SourceError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
-        raise SourceError(f"{path}: expected an object with the text field 'model_type'")
     model_type = values["model_type"]
     if model_type not in CONFIG_MAPPING and not (trust_remote_code and "auto_map" in values):
         own = "; its own code runs with --trust-remote-code only" if "auto_map" in values else ""
@@ -178,7 +235,7 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
             f"{path}: transformers has no model type {model_type!r}{own}{'; ' + near if near else ''}"
         )
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # a configuration class checks itself with whatever exceptions it likes
         raise SourceError(f"{path}: {error}") from error
 
@@ -246,7 +303,7 @@ def inspect_bundle(path: str | Path) -> ModelSummary:
         dtype=manifest.dtype,
         parameters={name: manifest.parameters.get(name) for name in known},
         moe_layers=layers,
-        routing=_family_routing(manifest.source.class_name, manifest.moe_layers),
+        routing=family_routing(manifest.source.class_name, manifest.moe_layers),
         details={
             "target": manifest.target,
             "task": manifest.task,

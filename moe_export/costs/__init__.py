@@ -1,0 +1,37 @@
+"""The one cost model: bytes, arithmetic and time of kernels and exchanges from shapes and data sheets.
+
+Nothing here was measured on a GPU: every time is *predicted*. Only the standard library is imported, so that
+passes and backends may use it as well as the command line.
+"""
+
+from __future__ import annotations
+
+from moe_export.costs.exchange import Exchange, all_reduce, all_to_all
+from moe_export.costs.formats import FORMATS, WeightFormat, weight_format
+from moe_export.costs.gpus import GPUS, Gpu, find_gpu
+from moe_export.costs.roofline import Assumptions, Time, predict
+from moe_export.costs.routing import Popularity, rank_loads, sample_counts
+from moe_export.costs.work import Work, attention, elementwise, grouped_matmul, matmul
+
+__all__ = [
+    "FORMATS",
+    "GPUS",
+    "Assumptions",
+    "Exchange",
+    "Gpu",
+    "Popularity",
+    "Time",
+    "WeightFormat",
+    "Work",
+    "all_reduce",
+    "all_to_all",
+    "attention",
+    "elementwise",
+    "find_gpu",
+    "grouped_matmul",
+    "matmul",
+    "predict",
+    "rank_loads",
+    "sample_counts",
+    "weight_format",
+]
