@@ -101,6 +101,7 @@ class _ForcedEngine:
         from ..backends.onnxruntime.runner import create_session
         from ..runtime.inputs import InputChecker
         from ..runtime.instrument import dtype_of, traced_model
+        from ..runtime.plugin import runs_with_plugin
 
         manifest, bundle = session.manifest, session._bundle
         self._layers = manifest.moe_layers
@@ -114,6 +115,7 @@ class _ForcedEngine:
             threads=threads,
             folder=bundle.model_path.parent,
             label="forced routing",
+            plugin=runs_with_plugin(manifest),
         )
         self._dtypes = {value.name: dtype_of(value.type) for value in self._session.get_inputs()}
         vocabulary = manifest.text.vocab_size if manifest.text is not None else None

@@ -60,6 +60,7 @@ def command(
     if inputs is not None and outputs is not None:
         feeds = _read_npz(inputs)
         with load(bundle, trust=trust, threads=threads) as session:
+            _say_notes(session, quiet)
             _write_npz(outputs, session.run(feeds))
         return 0
     if prompt is None and prompt_ids is None:
@@ -70,8 +71,14 @@ def command(
         sampled = generation["top_k"] is not None or generation["top_p"] is not None
         generation["temperature"] = 1.0 if sampled else 0.0
     with load(bundle, trust=trust, threads=threads) as session:
+        _say_notes(session, quiet)
         _generate(session, prompt_ids or prompt or "", as_json, quiet, generation)
     return 0
+
+
+def _say_notes(session: Session, quiet: bool) -> None:
+    for note in () if quiet else session.notes:
+        click.echo(f"note: {note}", err=True)
 
 
 def _generate(

@@ -21,6 +21,7 @@ from moe_export.runtime.engine import Engine, check_declared
 from moe_export.runtime.generation import Generation, Request, StreamEvent
 from moe_export.runtime.generator import Generator
 from moe_export.runtime.inputs import InputChecker
+from moe_export.runtime.plugin import missing_plugin_note, runs_with_plugin
 from moe_export.runtime.prompts import Prompt
 from moe_export.runtime.stepping import LOGITS, Stepper
 from moe_export.runtime.text import load_tokenizer
@@ -77,7 +78,7 @@ class Session:
         self._process = os.getpid()
         self._lock = threading.Lock()
         model = bundle.model_path
-        session = create_session(model, threads=threads)
+        session = create_session(model, threads=threads, plugin=runs_with_plugin(manifest))
         check_declared(session, manifest.io, str(model))
         names = [spec.name for spec in manifest.io.outputs]
         vocabulary = manifest.text.vocab_size if manifest.text is not None else None
@@ -290,6 +291,9 @@ class Session:
         return file if file is not None and file.is_file() else None
 
     def _find_notes(self) -> Iterator[str]:
+        slower = missing_plugin_note(self._bundle.model_path) if runs_with_plugin(self.manifest) else None
+        if slower is not None:
+            yield slower
         if self.manifest.task != "text-generation":
             return
         if not self.io.cache_inputs:

@@ -14,6 +14,7 @@ from moe_export.backends.onnxruntime.runner import create_session
 from moe_export.errors import InputError
 from moe_export.runtime import instrument
 from moe_export.runtime.engine import Engine
+from moe_export.runtime.plugin import runs_with_plugin
 from moe_export.runtime.stepping import LOGITS, CachedStepper
 from moe_export.schema import Limits, Manifest
 from moe_export.trace import LayerTrace, TracedRun
@@ -33,6 +34,7 @@ class TracedEngines:
         self._layers = manifest.moe_layers
         self._limits: Limits = manifest.limits
         self._threads = threads
+        self._plugin = runs_with_plugin(manifest)
         self._lock = threading.Lock()
         self._loaded: dict[bool, tuple[Engine, dict[str, np.dtype[Any]]]] = {}
 
@@ -87,7 +89,12 @@ class TracedEngines:
                 model = instrument.traced_model(self._path, self._layers, force_routing=forced)
                 label = f"{self._path} with its routing {'forced' if forced else 'shown'}"
                 session = create_session(
-                    model, threads=self._threads, folder=self._path.parent, prepack=False, label=label
+                    model,
+                    threads=self._threads,
+                    folder=self._path.parent,
+                    prepack=False,
+                    label=label,
+                    plugin=self._plugin,
                 )
                 dtypes = {value.name: instrument.dtype_of(value.type) for value in session.get_inputs()}
                 outputs = [value.name for value in session.get_outputs()]

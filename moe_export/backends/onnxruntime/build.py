@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from ...errors import EnvironmentLacksError
 from ...passes.base import PassContext
 from ..base import MODEL_FILE, Backend, write_onnx
+from .plugin import cpu_plugin_problem
 from .runner import create_session
 
 
@@ -13,7 +17,19 @@ class OnnxRuntimeBackend(Backend):
     """Fused attention and norms, one MatMul per expert or a loop, whichever is faster here."""
 
     name = "onnxruntime"
-    summary = "lowered for stock ONNX Runtime on the CPU; no library of moe-export needed"
+    summary = "lowered for ONNX Runtime on the CPU; fastest with the CPU plugin, and runs without it"
+
+    def _options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """``expert_lowering`` auto: fused where the CPU plugin is.
+
+        Raises:
+            EnvironmentLacksError: fused was asked for, and there is no plugin.
+        """
+        wanted = options.get("expert_lowering", "auto")
+        problem = cpu_plugin_problem()
+        if wanted == "fused" and problem:
+            raise EnvironmentLacksError(f"expert_lowering fused needs the CPU plugin: {problem}")
+        return {**options, "fused_experts": wanted in ("auto", "fused") and not problem}
 
     def _write(self, context: PassContext, folder: Path) -> None:
         write_onnx(context, folder)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from moe_export.errors import BundleError, EnvironmentLacksError, InputError
 
+from .plugin import register_cpu_plugin
+
 if TYPE_CHECKING:
     import onnxruntime as ort
 
@@ -60,6 +62,7 @@ def create_session(
     folder: Path | None = None,
     prepack: bool = True,
     label: str | None = None,
+    plugin: bool = True,
 ) -> ort.InferenceSession:
     """An ONNX Runtime session on the CPU provider and no other.
 
@@ -70,11 +73,14 @@ def create_session(
         prepack: let ONNX Runtime keep a second, faster copy of constant weights. Without it, external weights
             stay memory-mapped and are shared by all sessions over the same file.
         label: what error messages call a model given as bytes.
+        plugin: use the CPU plugin's kernels for the ops of moe-export when it is installed; otherwise, and
+            without it, their ONNX bodies run.
 
     Raises:
         InputError: ``threads`` is not a whole number of 1 or more.
         BundleError: ONNX Runtime refuses the model; the message names it.
-        EnvironmentLacksError: this build of ONNX Runtime has no CPU provider.
+        EnvironmentLacksError: this build of ONNX Runtime has no CPU provider, or ``MOE_EXPORT_CPU_PLUGIN``
+            names a library that is missing or cannot be loaded.
     """
     import onnxruntime as ort
 
@@ -107,6 +113,8 @@ def create_session(
             options.add_session_config_entry(key, str(folder))
     else:
         source = str(model)
+    if plugin:
+        register_cpu_plugin(options)
     name = label or (source if isinstance(source, str) else "the model")
     try:
         session = ort.InferenceSession(

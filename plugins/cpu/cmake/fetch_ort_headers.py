@@ -2,9 +2,9 @@
 
     python fetch_ort_headers.py FOLDER
 
-ONNX Runtime's own wheels hold no headers. ``amd-quark`` (MIT) holds those of API 17, which are enough: the C API only
-grows. pip downloads the wheel without its dependencies, its SHA-256 is compared, and only the headers and the licence
-are unpacked into FOLDER.
+ONNX Runtime's own wheels hold no headers. ``amd-quark`` (MIT) holds those of API 17, which are enough: the
+C API only grows. pip downloads the wheel without its dependencies, its SHA-256 is compared, and only the
+headers and the licence are unpacked into FOLDER.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def fetch(folder: Path) -> None:
         wheel = download(Path(temporary))
         digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
         if digest != WHEEL_SHA256:
-            raise RuntimeError(f"{wheel.name} has SHA-256 {digest}, expected {WHEEL_SHA256}; nothing was unpacked")
+            raise RuntimeError(f"{wheel.name} has SHA-256 {digest}, expected {WHEEL_SHA256}")
         folder.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(wheel) as archive:
             for name in archive.namelist():
@@ -55,8 +55,9 @@ def fetch(folder: Path) -> None:
 
 def download(folder: Path) -> Path:
     """The wheel, downloaded into ``folder`` by pip."""
-    arguments = ["download", "--quiet", "--disable-pip-version-check", "--no-deps", "--ignore-requires-python",
-                 "--only-binary", ":all:", "--dest", str(folder), REQUIREMENT]  # fmt: skip
+    arguments = ["download", "--quiet", "--disable-pip-version-check", "--no-deps",
+                 "--ignore-requires-python", "--only-binary", ":all:", "--dest", str(folder),
+                 REQUIREMENT]  # fmt: skip
     # Inside pip's own build isolation only -I sees the pip of the environment it runs in.
     said = []
     for command in ([sys.executable, "-m", "pip"], [sys.executable, "-I", "-m", "pip"], ["pip"], ["pip3"]):
