@@ -53,6 +53,8 @@ def _text(environment: Environment) -> str:
         )
     if environment.execution_providers:
         lines.append(f"ONNX Runtime providers in this build: {', '.join(environment.execution_providers)}")
+    plugin = environment.cpu_plugin
+    lines.append(f"CPU plugin: {plugin['path'] if plugin['problem'] is None else plugin['problem']}")
     rows = [
         (p.name, p.version or "missing", p.used_for, p.problem or ("" if p.version else p.install))
         for p in environment.packages

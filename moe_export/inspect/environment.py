@@ -11,6 +11,8 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
+from moe_export.errors import EnvironmentLacksError
+
 _CPU_FEATURES = ("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16",
                  "asimd", "asimddp", "bf16", "i8mm", "sve")  # fmt: skip
 
@@ -53,6 +55,8 @@ class Environment:
     memory: dict[str, int]
     packages: tuple[Package, ...]
     execution_providers: tuple[str, ...]
+    cpu_plugin: dict[str, str | None]
+    """``path`` (None: not to be had) and ``problem`` (why engines run without it, and how to get it)."""
     targets: tuple[TargetStatus, ...]
     warnings: tuple[str, ...] = field(default_factory=tuple)
 
@@ -110,6 +114,7 @@ def examine() -> Environment:
         memory=_memory(),
         packages=tuple(packages.values()),
         execution_providers=_providers(packages["onnxruntime"]),
+        cpu_plugin=_cpu_plugin(packages["onnxruntime"]),
         targets=targets,
         warnings=tuple(_warnings(packages)),
     )
@@ -152,6 +157,18 @@ def _providers(onnxruntime: Package) -> tuple[str, ...]:
     if not onnxruntime.usable:
         return ()
     return tuple(import_module("onnxruntime").get_available_providers())
+
+
+def _cpu_plugin(onnxruntime: Package) -> dict[str, str | None]:
+    from moe_export.runtime.plugin import cpu_plugin_path, cpu_plugin_problem, register_cpu_plugin
+
+    try:
+        path = cpu_plugin_path()
+        if path is not None and onnxruntime.usable:
+            register_cpu_plugin(import_module("onnxruntime").SessionOptions())
+        return {"path": None if path is None else str(path), "problem": cpu_plugin_problem() or None}
+    except EnvironmentLacksError as error:
+        return {"path": None, "problem": str(error)}
 
 
 def _warnings(packages: dict[str, Package]) -> Iterator[str]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+
+import pytest
 
 from moe_export.inspect import environment
 from moe_export.inspect.environment import Package, examine, target_statuses
@@ -16,7 +19,19 @@ def test_this_machine() -> None:
     assert found.cpu["usable_cores"] >= 1
     assert 0 < found.memory["available"] <= found.memory["total"]
     assert "CPUExecutionProvider" in found.execution_providers
+    assert (found.cpu_plugin["path"] is None) == (found.cpu_plugin["problem"] is not None)
     json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_the_cpu_plugin_is_listed_with_its_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MOE_EXPORT_CPU_PLUGIN", "off")
+    off = {"path": None, "problem": "switched off by MOE_EXPORT_CPU_PLUGIN=off"}
+    assert environment._cpu_plugin(Package("onnxruntime", "1", "", "")) == off
+    monkeypatch.setenv("MOE_EXPORT_CPU_PLUGIN", str(tmp_path / "absent.so"))
+    assert "no such file" in str(environment._cpu_plugin(Package("onnxruntime", "1", "", ""))["problem"])
+    (tmp_path / "broken.so").write_bytes(b"no library")
+    monkeypatch.setenv("MOE_EXPORT_CPU_PLUGIN", str(tmp_path / "broken.so"))
+    assert "cannot load" in str(environment._cpu_plugin(Package("onnxruntime", "1", "", ""))["problem"])
 
 
 def test_target_names_agree_everywhere() -> None:
