@@ -72,14 +72,14 @@ def _needs(summary: ModelSummary) -> str:
     needs = summary.needs
     if not needs:
         return ""
-    sizes = ", ".join(f"{name} {_size(size)}" for name, size in needs["weights_bytes"].items())
+    sizes = ", ".join(f"{name} {size_text(size)}" for name, size in needs["weights_bytes"].items())
     lines = [f"weights: {sizes}"]
     if "kv_cache" in needs:
         lines += [*_cache(needs["kv_cache"]), "", *_work(needs), "", _gpus(needs)]
     return "\n".join(lines)
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
     """Bytes in decimal units, as data sheets give memory."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
@@ -89,13 +89,13 @@ def _size(count: float) -> str:
 
 def _cache(cache: dict[str, Any]) -> list[str]:
     kinds = ", ".join(f"{count} {kind}" for kind, count in cache["layers"].items())
-    text = f"cache ({cache['dtype']}; {kinds} layers): {_size(cache['bytes_per_token'])} per token"
+    text = f"cache ({cache['dtype']}; {kinds} layers): {size_text(cache['bytes_per_token'])} per token"
     if "expanded_bytes_per_token" in cache:
-        text += f" (latent; whole keys and values would take {_size(cache['expanded_bytes_per_token'])})"
+        text += f" (latent; whole keys and values would take {size_text(cache['expanded_bytes_per_token'])})"
     if "fixed_bytes_per_sequence" in cache:
-        text += f", {_size(cache['fixed_bytes_per_sequence'])} of state per sequence"
+        text += f", {size_text(cache['fixed_bytes_per_sequence'])} of state per sequence"
     tokens = f"{cache['batch']} x {cache['context']} tokens"
-    return [text, f"cache of {tokens}: {_size(cache['bytes'])}"]
+    return [text, f"cache of {tokens}: {size_text(cache['bytes'])}"]
 
 
 def _work(needs: dict[str, Any]) -> list[str]:
@@ -107,9 +107,9 @@ def _work(needs: dict[str, Any]) -> list[str]:
         (
             phase,
             f"{work['flops'] / 1e9:.4g} GFLOP",
-            _size(work["bytes"]),
-            _size(work["weight_bytes"]),
-            _size(work["cache_bytes"]),
+            size_text(work["bytes"]),
+            size_text(work["weight_bytes"]),
+            size_text(work["cache_bytes"]),
             f"{work['flops_per_byte']:.3g}",
         )
         for phase, work in needs["per_token"].items()
@@ -121,7 +121,7 @@ def _gpus(needs: dict[str, Any]) -> str:
     rows = [
         (
             gpu["gpu"],
-            _size(gpu["memory_bytes"]),
+            size_text(gpu["memory_bytes"]),
             gpu["split"],
             _count(gpu["expert_parallel_all_to_all"]),
             _count(gpu["expert_parallel_all_reduce"]),

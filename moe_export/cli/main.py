@@ -19,7 +19,7 @@ import click
 
 from moe_export.errors import EnvironmentLacksError, MoeExportError, choices_text
 
-COMMANDS = ("build", "export", "verify", "bench", "run", "inspect", "trace", "list", "doctor")
+COMMANDS = ("build", "export", "verify", "bench", "run", "inspect", "plan", "trace", "list", "doctor")
 """Subcommands in the order the help shows them; each is ``command`` of ``moe_export.cli.<name>_command``."""
 
 EXIT_INTERNAL = 70

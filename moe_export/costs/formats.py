@@ -62,12 +62,16 @@ FORMATS: dict[str, WeightFormat] = {
 }  # fmt: skip
 
 
+_SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp8": "float8"}
+
+
 def weight_format(name: str) -> WeightFormat:
-    """The format called ``name``.
+    """The format called ``name``, or known by it for short (``fp8``).
 
     Raises:
         UsageError: there is none; the message names the nearest.
     """
-    if name not in FORMATS:
-        raise UsageError(f"no weight format {name!r}; {choices_text(name, FORMATS)}")
-    return FORMATS[name]
+    known = _SHORT.get(name.lower(), name.lower())
+    if known not in FORMATS:
+        raise UsageError(f"no weight format {name!r}; {choices_text(known, FORMATS)}")
+    return FORMATS[known]

@@ -132,12 +132,16 @@ GPUS: dict[str, Gpu] = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU called ``name`` (any case; spaces and underscores stand for dashes).
+    """The GPU called ``name``; case, dashes, spaces and underscores do not matter.
 
     Raises:
         UsageError: there is none; the message names the nearest.
     """
-    wanted = "-".join(name.lower().replace("_", "-").split())
-    if wanted not in GPUS:
-        raise UsageError(f"no GPU {name!r}; {choices_text(wanted, GPUS)}")
-    return GPUS[wanted]
+    for known, gpu in GPUS.items():
+        if _letters(known) == _letters(name):
+            return gpu
+    raise UsageError(f"no GPU {name!r}; {choices_text(name.lower(), GPUS)}")
+
+
+def _letters(name: str) -> str:
+    return "".join(c for c in name.lower() if c.isalnum())

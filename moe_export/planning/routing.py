@@ -1,0 +1,86 @@
+"""How a model's tokens spread over its experts: evenly, by a Zipf law, or as a trace has counted."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_export.costs import Popularity
+from moe_export.errors import UsageError
+from moe_export.inspect.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Routing:
+    """One popularity per MoE layer, in the model's order. ``kind``: ``uniform``, ``zipf`` or ``trace``."""
+
+    kind: str
+    layers: tuple[Popularity, ...]
+    facts: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def samples(self) -> int:
+        """Batches drawn per layer: fewer where the layers differ, as their mean counts."""
+        return 32 if len(set(self.layers)) <= 2 else 8
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values. ``max_over_mean``: busiest expert's load over the mean, mean of the layers."""
+        loads = [layer.max_over_mean for layer in self.layers]
+        mean = sum(loads) / len(loads) if loads else None
+        return {"kind": self.kind, **dict(self.facts), "max_over_mean": mean}
+
+
+def uniform_routing(arch: Architecture) -> Routing:
+    """Every expert as likely as any other."""
+    return Routing("uniform", tuple(Popularity.uniform(m.experts, m.top_k) for m in arch.moe_layers))
+
+
+def zipf_routing(arch: Architecture, exponent: float) -> Routing:
+    """The r-th most popular expert of every layer in proportion to 1 / r^exponent.
+
+    Raises:
+        UsageError: a negative or infinite exponent.
+    """
+    layers = tuple(Popularity.zipf(m.experts, m.top_k, exponent) for m in arch.moe_layers)
+    return Routing("zipf", layers, (("exponent", exponent),))
+
+
+def read_trace(path: Path, arch: Architecture, name: str) -> Routing:
+    """Popularity from the JSON that ``moe-export trace --json FILE`` writes, for the model ``name``.
+
+    Raises:
+        UsageError: not such a file, or the trace of a model with other layers or experts.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not valid JSON: {error}") from error
+    wanted = "expected the JSON that moe-export trace --json FILE writes"
+    if not isinstance(values, dict) or not isinstance(values.get("layers"), list):
+        raise UsageError(f"{path}: no list 'layers'; {wanted}")
+    tokens = values.get("tokens")
+    if type(tokens) is not int or tokens < 1:
+        raise UsageError(f"{path}: 'tokens' is {tokens!r}; {wanted}")
+    layers = values["layers"]
+    if len(layers) != len(arch.moe_layers):
+        raise UsageError(
+            f"{path}: the trace of another model: it has {len(layers)} MoE layers, {name} has "
+            f"{len(arch.moe_layers)}"
+        )
+    found = []
+    for index, (layer, moe) in enumerate(zip(layers, arch.moe_layers, strict=True)):
+        counts = layer.get("counts") if isinstance(layer, dict) else None
+        if not isinstance(counts, list) or not all(type(c) is int and c >= 0 for c in counts):
+            raise UsageError(f"{path}: layer {index} has no list 'counts' of whole numbers; {wanted}")
+        chosen = sum(counts) + int(layer.get("dropped") or 0)
+        if len(counts) != moe.experts or chosen != tokens * moe.top_k:
+            raise UsageError(
+                f"{path}: the trace of another model: layer {index} chose {chosen / tokens:.3g} of "
+                f"{len(counts)} experts per token, {name} chooses {moe.top_k} of {moe.experts}"
+            )
+        found.append(Popularity.from_counts(counts, tokens))
+    return Routing("trace", tuple(found), (("file", path.name), ("tokens", tokens)))
