@@ -10,12 +10,13 @@ PLUGIN_SOURCES := $(shell find plugins -type f -not -name '*.pyc')
 # One compute thread per test process: JOBS processes share the cores.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: help venv demo test test-slow lint format docs clean
+.PHONY: help venv demo test test-slow sanitize lint format docs clean
 
 help:
 	@echo "make demo       build, verify, measure and run the shipped example model; prints where the report lies"
 	@echo "make test       all tests but the slow ones"
 	@echo "make test-slow  the slow tests"
+	@echo "make sanitize   the CPU plugin's kernels under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff fix and format"
 	@echo "make docs       write the generated pages of docs/"
@@ -40,6 +41,9 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(PYTEST) -m slow
+
+sanitize: $(BIN)/python
+	tools/sanitize.sh $(VENV)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

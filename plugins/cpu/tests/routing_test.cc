@@ -1,0 +1,425 @@
+// Checks the router, dispatch, combine and grouped matmul kernels against plain double implementations on
+// random inputs, good and bad.
+//
+//   routing_test [cases] [seed]
+//
+// Built with MOE_EXPORT_SANITIZER, this is what AddressSanitizer, UBSan and ThreadSanitizer run: every tensor
+// is a heap block of exactly its size, so an access outside is seen.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels/dispatch.h"
+#include "kernels/dtype.h"
+#include "kernels/grouped_matmul.h"
+#include "kernels/parallel.h"
+#include "kernels/router.h"
+
+namespace moe_export::cpu {
+namespace {
+
+int failures = 0;
+bool spoil = false;  // Damage one result of each kernel, to see that the checks notice.
+
+void Fail(const std::string& what) {
+  if (++failures <= 20 && !spoil) std::fprintf(stderr, "FAILED: %s\n", what.c_str());
+}
+
+class Random {
+ public:
+  explicit Random(unsigned seed) : engine_(seed) {}
+  int64_t Int(int64_t low, int64_t high) {
+    return std::uniform_int_distribution<int64_t>(low, high)(engine_);
+  }
+  float Normal() { return std::normal_distribution<float>()(engine_); }
+  void Shuffle(std::vector<int64_t>& values) { std::shuffle(values.begin(), values.end(), engine_); }
+  bool Chance(double probability) { return std::bernoulli_distribution(probability)(engine_); }
+
+ private:
+  std::mt19937 engine_;
+};
+
+// A tensor of `dtype`, and its values as the kernel must read them.
+struct Values {
+  DType dtype = DType::kFloat32;
+  std::unique_ptr<char[]> bytes;
+  std::vector<float> exact;
+
+  void Set(size_t i, float value) {
+    switch (dtype) {
+      case DType::kFloat32:
+        reinterpret_cast<float*>(bytes.get())[i] = exact[i] = value;
+        return;
+      case DType::kFloat16: {
+        Float16& element = reinterpret_cast<Float16*>(bytes.get())[i];
+        Store(value, &element);
+        exact[i] = ToFloat(element);
+        return;
+      }
+      case DType::kBFloat16: {
+        BFloat16& element = reinterpret_cast<BFloat16*>(bytes.get())[i];
+        Store(value, &element);
+        exact[i] = ToFloat(element);
+        return;
+      }
+    }
+  }
+
+  float Get(size_t i) const {
+    switch (dtype) {
+      case DType::kFloat32:
+        return reinterpret_cast<const float*>(bytes.get())[i];
+      case DType::kFloat16:
+        return ToFloat(reinterpret_cast<const Float16*>(bytes.get())[i]);
+      case DType::kBFloat16:
+        return ToFloat(reinterpret_cast<const BFloat16*>(bytes.get())[i]);
+    }
+    return 0;
+  }
+};
+
+Values Empty(DType dtype, int64_t count) {
+  Values values;
+  values.dtype = dtype;
+  values.bytes = std::make_unique<char[]>(static_cast<size_t>(count) * SizeOf(dtype));
+  values.exact.resize(static_cast<size_t>(count));
+  return values;
+}
+
+Values Normal(Random& random, DType dtype, int64_t count) {
+  Values values = Empty(dtype, count);
+  for (int64_t i = 0; i < count; ++i) values.Set(static_cast<size_t>(i), random.Normal());
+  return values;
+}
+
+DType AnyDType(Random& random) { return static_cast<DType>(random.Int(0, 2)); }
+
+// Allowed error of one result: a rounding to `dtype`, and the sums in float32.
+double Bound(DType dtype, double scale) {
+  const double unit = dtype == DType::kFloat32 ? 4e-6 : dtype == DType::kFloat16 ? 1e-3 : 8e-3;
+  return unit * std::max(1.0, scale);
+}
+
+std::vector<int32_t> Ids(Random& random, int64_t count, int64_t experts, bool strangers) {
+  std::vector<int32_t> ids(static_cast<size_t>(count));
+  for (int32_t& id : ids) {
+    id = static_cast<int32_t>(strangers ? random.Int(-3, experts + 2) : random.Int(0, experts - 1));
+    if (strangers && random.Chance(0.02)) id = std::numeric_limits<int32_t>::min();
+    if (strangers && random.Chance(0.02)) id = std::numeric_limits<int32_t>::max();
+  }
+  return ids;
+}
+
+void CheckDispatch(Random& random, ParallelFor&) {
+  const int64_t tokens = random.Chance(0.1) ? 0 : random.Int(1, 200);
+  const int64_t top_k = random.Int(1, 6);
+  const int64_t experts = random.Int(1, 40);
+  const int64_t count = tokens * top_k;
+  const bool drops = random.Chance(0.8);
+  const std::vector<int32_t> ids = Ids(random, count, experts, random.Chance(0.7));
+  std::vector<int64_t> order(static_cast<size_t>(count), -7);
+  std::vector<int64_t> offsets(static_cast<size_t>(experts + 1), -7);
+  std::vector<int64_t> token_of(static_cast<size_t>(count), -7);
+  DispatchArgs args;
+  args.expert_ids = ids.data();
+  args.order = order.data();
+  args.offsets = offsets.data();
+  args.token_of = token_of.data();
+  args.tokens = tokens;
+  args.top_k = top_k;
+  args.experts = experts;
+  args.drops = drops;
+  const std::string problem = Dispatch(args);
+  const bool stranger =
+      std::any_of(ids.begin(), ids.end(), [&](int32_t id) { return id < 0 || id >= experts; });
+  if (!problem.empty() != (stranger && !drops)) return Fail("Dispatch said '" + problem + "'");
+  if (!problem.empty()) return;
+  if (spoil && count > 1) std::swap(order[0], order[1]);
+  std::vector<int64_t> want(static_cast<size_t>(count));
+  std::iota(want.begin(), want.end(), 0);
+  std::stable_sort(want.begin(), want.end(), [&](int64_t a, int64_t b) { return ids[a] < ids[b]; });
+  if (order != want) return Fail("Dispatch: order");
+  for (int64_t e = 0; e <= experts; ++e) {
+    const int64_t below = std::count_if(ids.begin(), ids.end(), [&](int32_t id) { return id < e; });
+    if (offsets[e] != below) return Fail("Dispatch: offsets");
+  }
+  for (int64_t m = 0; m < count; ++m) {
+    if (token_of[m] != order[m] / top_k) return Fail("Dispatch: tokens");
+  }
+}
+
+void CheckCombine(Random& random, ParallelFor& pool) {
+  const int64_t tokens = random.Chance(0.1) ? 0 : random.Int(1, 200);
+  const int64_t top_k = random.Int(1, 6);
+  const int64_t count = tokens * top_k;
+  std::vector<int64_t> order(static_cast<size_t>(count));
+  std::iota(order.begin(), order.end(), 0);
+  random.Shuffle(order);
+  const int64_t hidden = random.Int(0, 600);
+  const DType dtype = AnyDType(random);
+  const Values rows = Normal(random, dtype, count * hidden);
+  Values out = Empty(dtype, tokens * hidden);
+  std::vector<float> weights(static_cast<size_t>(count));
+  for (float& weight : weights) weight = random.Normal();
+  CombineArgs combine;
+  combine.rows = rows.bytes.get();
+  combine.order = order.data();
+  combine.weights = weights.data();
+  combine.out = out.bytes.get();
+  combine.tokens = tokens;
+  combine.top_k = top_k;
+  combine.hidden = hidden;
+  combine.dtype = dtype;
+  if (const std::string said = Combine(combine, pool); !said.empty()) return Fail("Combine said " + said);
+  if (spoil && tokens * hidden > 0) out.Set(0, out.Get(0) + 1.0f);
+  std::vector<double> sums(static_cast<size_t>(tokens * hidden));
+  std::vector<double> scale(static_cast<size_t>(tokens * hidden));
+  for (int64_t m = 0; m < count; ++m) {
+    for (int64_t h = 0; h < hidden; ++h) {
+      const double term = static_cast<double>(weights[order[m]]) * rows.exact[m * hidden + h];
+      sums[order[m] / top_k * hidden + h] += term;
+      scale[order[m] / top_k * hidden + h] += std::abs(term);
+    }
+  }
+  for (size_t i = 0; i < sums.size(); ++i) {
+    if (!(std::abs(out.Get(i) - sums[i]) <= Bound(dtype, scale[i]))) return Fail("Combine: out");
+  }
+  if (count > 1) {
+    order[0] = order[1];
+    if (Combine(combine, pool).empty()) Fail("Combine took an order that is no permutation");
+    order[0] = random.Chance(0.5) ? -1 : count;
+    if (Combine(combine, pool).empty()) Fail("Combine took an order beyond the rows");
+  }
+}
+
+void CheckGroupedMatMul(Random& random, ParallelFor& pool) {
+  const int64_t experts = random.Int(0, 12);
+  const int64_t row_count = random.Chance(0.1) ? 0 : random.Int(1, 300);
+  const int64_t inner = random.Chance(0.05) ? 0 : random.Int(1, 600);
+  const int64_t columns = random.Chance(0.05) ? 0 : random.Int(1, 200);
+  std::vector<int64_t> offsets(static_cast<size_t>(experts + 1));
+  for (int64_t& offset : offsets) offset = random.Int(0, row_count);
+  std::sort(offsets.begin(), offsets.end());
+  GroupedMatMulArgs args;
+  args.rows_dtype = AnyDType(random);
+  args.weight_dtype = AnyDType(random);
+  args.transposed = random.Chance(0.5);
+  const Values rows = Normal(random, args.rows_dtype, row_count * inner);
+  const Values weight = Normal(random, args.weight_dtype, experts * inner * columns);
+  Values out = Empty(args.rows_dtype, row_count * columns);
+  args.rows = rows.bytes.get();
+  args.weight = weight.bytes.get();
+  args.offsets = offsets.data();
+  args.out = out.bytes.get();
+  args.row_count = row_count;
+  args.experts = experts;
+  args.inner = inner;
+  args.columns = columns;
+  if (const std::string said = GroupedMatMul(args, pool); !said.empty()) {
+    return Fail("GroupedMatMul said " + said);
+  }
+  if (spoil && row_count * columns > 0) out.Set(0, out.Get(0) * 2 + 1.0f);
+  for (int64_t m = 0; m < row_count; ++m) {
+    int64_t owner = -1;
+    for (int64_t e = 0; e < experts; ++e) {
+      if (offsets[e] <= m && m < offsets[e + 1]) owner = e;
+    }
+    for (int64_t c = 0; c < columns; ++c) {
+      double sum = 0;
+      double scale = 0;
+      for (int64_t k = 0; k < inner && owner >= 0; ++k) {
+        const int64_t at = owner * inner * columns + (args.transposed ? k * columns + c : c * inner + k);
+        const double term = static_cast<double>(rows.exact[m * inner + k]) * weight.exact[at];
+        sum += term;
+        scale += std::abs(term);
+      }
+      if (!(std::abs(out.Get(m * columns + c) - sum) <= Bound(args.rows_dtype, scale))) {
+        return Fail("GroupedMatMul: out[" + std::to_string(m) + ", " + std::to_string(c) + "] is " +
+                    std::to_string(out.Get(m * columns + c)) + ", expected " + std::to_string(sum));
+      }
+    }
+  }
+  if (experts > 0) {
+    offsets[random.Int(0, experts)] = random.Chance(0.5) ? -1 : row_count + 1;
+    if (GroupedMatMul(args, pool).empty()) Fail("GroupedMatMul took offsets outside the rows");
+  }
+}
+
+// The routing of one token in double; scores are rounded to float32 as the kernel promises.
+struct Routing {
+  std::vector<int32_t> ids;
+  std::vector<double> weights;
+  bool finite = true;
+};
+
+std::vector<int32_t> Best(const std::vector<float>& values, int64_t count) {
+  std::vector<int32_t> order(values.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return values[a] > values[b]; });
+  order.resize(static_cast<size_t>(count));
+  return order;
+}
+
+Routing RouteOne(const RouterArgs& args, const float* logits, const std::vector<float>& bias) {
+  const auto experts = static_cast<size_t>(args.experts);
+  std::vector<double> scores(logits, logits + experts);
+  const double highest = *std::max_element(scores.begin(), scores.end());
+  double sum = 0;
+  for (const double x : scores) sum += std::exp(x - highest);
+  std::vector<float> selection(experts);
+  for (size_t e = 0; e < experts; ++e) {
+    const double x = scores[e];
+    if (args.score == Score::kSoftmax) scores[e] = std::exp(x - highest) / sum;
+    if (args.score == Score::kSigmoid) scores[e] = 1.0 / (1.0 + std::exp(-x));
+    if (args.score == Score::kSqrtSoftplus) {
+      scores[e] = std::sqrt(std::max(x, 0.0) + std::log1p(std::exp(-std::abs(x))));
+    }
+    selection[e] = static_cast<float>(scores[e]);
+    if (!bias.empty()) selection[e] += bias[e];
+  }
+  if (args.groups > 1) {
+    const int64_t size = args.experts / args.groups;
+    std::vector<float> values;
+    for (int64_t g = 0; g < args.groups; ++g) {
+      std::vector<float> members(selection.begin() + g * size, selection.begin() + (g + 1) * size);
+      std::sort(members.rbegin(), members.rend());
+      const bool two = args.group_score == GroupScore::kTop2Sum && size > 1;
+      values.push_back(two ? members[0] + members[1] : members[0]);
+    }
+    const std::vector<int32_t> chosen = Best(values, args.chosen_groups);
+    for (int64_t e = 0; e < args.experts; ++e) {
+      if (std::find(chosen.begin(), chosen.end(), e / size) == chosen.end()) {
+        selection[e] = args.group_mask == GroupMask::kZero ? 0.0f : -std::numeric_limits<float>::infinity();
+      }
+    }
+  }
+  Routing routing;
+  routing.ids = Best(selection, args.top_k);
+  for (const int32_t id : routing.ids) routing.weights.push_back(scores[id]);
+  if (args.score == Score::kSoftmaxAfterTopK) {
+    const double top = *std::max_element(routing.weights.begin(), routing.weights.end());
+    double total = 0;
+    for (double& weight : routing.weights) total += weight = std::exp(weight - top);
+    for (double& weight : routing.weights) weight /= total;
+  }
+  double total = args.renormalize ? args.epsilon : 1.0;
+  for (const double weight : routing.weights) total += args.renormalize ? weight : 0.0;
+  for (double& weight : routing.weights) {
+    weight = weight / total * args.scale;
+    routing.finite = routing.finite && std::isfinite(weight);
+  }
+  return routing;
+}
+
+void CheckRouter(Random& random, ParallelFor& pool) {
+  RouterArgs args;
+  args.groups = random.Chance(0.5) ? 1 : random.Int(1, 6);
+  args.experts = args.groups * random.Int(1, 24);
+  args.chosen_groups = random.Int(1, args.groups);
+  args.tokens = random.Chance(0.1) ? 0 : random.Int(1, 300);
+  args.top_k = random.Int(1, std::min<int64_t>(args.experts, 9));
+  args.score = static_cast<Score>(random.Int(0, 3));
+  args.group_score = static_cast<GroupScore>(random.Int(0, 1));
+  args.group_mask = static_cast<GroupMask>(random.Int(0, 1));
+  args.renormalize = random.Chance(0.5);
+  args.epsilon = random.Chance(0.5) ? 1e-20f : 0.0f;
+  args.scale = random.Chance(0.5) ? 2.5f : 1.0f;
+  args.capacity = random.Chance(0.3) ? random.Int(1, 5) : 0;
+  args.sequence_length = random.Chance(0.5) ? random.Int(1, 50) : 0;
+  args.logits_dtype = AnyDType(random);
+  args.bias_dtype = AnyDType(random);
+  Values logits = Normal(random, args.logits_dtype, args.tokens * args.experts);
+  const bool coarse = random.Chance(0.3);  // Many equal values.
+  for (size_t i = 0; i < logits.exact.size(); ++i) {
+    if (coarse) logits.Set(i, std::round(logits.exact[i]));
+    if (random.Chance(0.01)) logits.Set(i, -std::numeric_limits<float>::infinity());
+  }
+  const bool poisoned = args.tokens > 0 && random.Chance(0.1);
+  if (poisoned) {
+    const float poison = random.Chance(0.5) ? std::numeric_limits<float>::infinity() : std::nanf("");
+    logits.Set(static_cast<size_t>(random.Int(0, args.tokens * args.experts - 1)), poison);
+  }
+  Values bias;
+  if (random.Chance(0.4)) bias = Normal(random, args.bias_dtype, args.experts);
+  std::vector<float> weights(static_cast<size_t>(args.tokens * args.top_k), -7.0f);
+  std::vector<int32_t> ids(weights.size(), -7);
+  args.logits = logits.bytes.get();
+  args.bias = bias.bytes.get();
+  args.weights = weights.data();
+  args.expert_ids = ids.data();
+  const std::string problem = RouteTokens(args, pool);
+
+  if (spoil && !weights.empty()) weights[0] += 0.25f;
+  bool finite = true;
+  std::vector<Routing> want;
+  for (int64_t t = 0; t < args.tokens && !poisoned; ++t) {
+    want.push_back(RouteOne(args, logits.exact.data() + t * args.experts, bias.exact));
+    finite = finite && want.back().finite;
+  }
+  if (problem.empty() != (finite && !poisoned)) return Fail("Router said '" + problem + "'");
+  if (!problem.empty()) return;
+  std::vector<int64_t> counts(static_cast<size_t>(args.experts));
+  const int64_t run = args.sequence_length > 0 ? args.sequence_length : std::max<int64_t>(args.tokens, 1);
+  for (int64_t t = 0; t < args.tokens; ++t) {
+    if (t % run == 0) std::fill(counts.begin(), counts.end(), 0);
+    for (int64_t k = 0; k < args.top_k; ++k) {
+      const int32_t id = want[t].ids[k];
+      const bool dropped = args.capacity > 0 && ++counts[id] > args.capacity;
+      const size_t at = static_cast<size_t>(t * args.top_k + k);
+      if (ids[at] != (dropped ? -1 : id)) return Fail("Router: expert_ids");
+      const double weight = dropped ? 0.0 : want[t].weights[k];
+      if (!(std::abs(weights[at] - weight) <= 2e-6 * std::max(1.0, weight))) return Fail("Router: weights");
+    }
+  }
+}
+
+// Whether each check notices a damaged result in some of a few cases.
+bool ChecksNotice(ParallelFor& pool) {
+  spoil = true;
+  bool notice = true;
+  for (const auto check : {&CheckDispatch, &CheckCombine, &CheckGroupedMatMul, &CheckRouter}) {
+    failures = 0;
+    for (unsigned seed = 0; seed < 10 && failures == 0; ++seed) {
+      Random random(seed);
+      check(random, pool);
+    }
+    notice = notice && failures > 0;
+  }
+  spoil = false;
+  failures = 0;
+  return notice;
+}
+
+int Main(int argc, char** argv) {
+  const int cases = argc > 1 ? std::atoi(argv[1]) : 200;
+  const unsigned seed = argc > 2 ? static_cast<unsigned>(std::atoi(argv[2])) : 1;
+  ThreadParallelFor one(1);
+  ThreadParallelFor four(4);
+  if (!ChecksNotice(one)) {
+    std::printf("a check accepts a damaged result\n");
+    return 1;
+  }
+  for (int i = 0; i < cases; ++i) {
+    Random random(seed + static_cast<unsigned>(i));
+    ParallelFor& pool = i % 2 == 0 ? static_cast<ParallelFor&>(one) : four;
+    CheckDispatch(random, pool);
+    CheckCombine(random, pool);
+    CheckGroupedMatMul(random, pool);
+    CheckRouter(random, pool);
+    if (failures > 0) std::fprintf(stderr, "seed %u\n", seed + static_cast<unsigned>(i));
+  }
+  std::printf("%d cases, %d failures\n", cases, failures);
+  return failures == 0 ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace moe_export::cpu
+
+int main(int argc, char** argv) { return moe_export::cpu::Main(argc, argv); }
