@@ -39,7 +39,11 @@ ExpertMlpKernel::ExpertMlpKernel(const NodeInfo& node) {
   a.gated = node.Flag("gated", true);
   a.layout =
       static_cast<cpu::GateLayout>(node.Choice("layout", "concatenated", {"concatenated", "interleaved"}));
-  a.form = node.Flag("transposed", false) ? cpu::WeightForm::kInOut : cpu::WeightForm::kOutIn;
+  const bool transposed = node.Flag("transposed", false);
+  const bool packed = node.Flag("packed", false);
+  if (packed && transposed)
+    node.Fail("attributes packed and transposed are both 1; packed weights have one order");
+  a.form = packed ? cpu::WeightForm::kPacked : transposed ? cpu::WeightForm::kInOut : cpu::WeightForm::kOutIn;
   a.alpha = node.Float("alpha", 1.702f);
   a.limit = node.Float("limit", 7.0f);
   biased_ = node.Flag("biased", false);
@@ -80,12 +84,33 @@ void ExpertMlpKernel::Compute(const NodeRun& run) const {
   args.hidden = hidden.data;
   args.expert_ids = static_cast<const int32_t*>(ids.data);
   args.routing = static_cast<const float*>(weights.data);
-  TakeWeights(run, args);
+  if (args.form == cpu::WeightForm::kPacked) {
+    TakePackedWeights(run, args);
+  } else {
+    TakeWeights(run, args);
+  }
   if (biased_) TakeBiases(run, args);
   args.out = run.Output(0, hidden.shape);
   Pool pool(run);
   Arena arena(run);
   run.Check(cpu::ExpertMlp(args, pool, arena));
+}
+
+void ExpertMlpKernel::TakePackedWeights(const NodeRun& run, cpu::ExpertMlpArgs& args) const {
+  const Tensor up = run.Input(3, "up", 4);
+  const Tensor down = run.Input(4, "down", 4);
+  args.intermediate_size = down.shape[2];
+  if (args.intermediate_size < 1) run.Fail("input down has shape " + down.ShapeText() + "; it is empty");
+  run.CheckDimension(up, "up", 0, args.num_experts, "attribute num_experts");
+  run.CheckDimension(up, "up", 1, cpu::UpPanels(args.intermediate_size, args.gated),
+                     "panels of dimension 2 of down");
+  run.CheckDimension(up, "up", 2, args.hidden_size, "columns of hidden");
+  run.CheckDimension(up, "up", 3, cpu::kPanelColumns, "columns of a panel");
+  run.CheckDimension(down, "down", 0, args.num_experts, "attribute num_experts");
+  run.CheckDimension(down, "down", 1, cpu::DownPanels(args.hidden_size), "panels of the columns of hidden");
+  run.CheckDimension(down, "down", 3, cpu::kPanelColumns, "columns of a panel");
+  args.up = up.data;
+  args.down = down.data;
 }
 
 void ExpertMlpKernel::TakeWeights(const NodeRun& run, cpu::ExpertMlpArgs& args) const {

@@ -89,6 +89,7 @@ class ExpertMlpKernel {
 
  private:
   void TakeWeights(const NodeRun& run, cpu::ExpertMlpArgs& args) const;
+  void TakePackedWeights(const NodeRun& run, cpu::ExpertMlpArgs& args) const;
   void TakeBiases(const NodeRun& run, cpu::ExpertMlpArgs& args) const;
 
   cpu::ExpertMlpArgs attributes_;
