@@ -89,11 +89,14 @@ def _window(fields: Fields, default: int | None, switch: str | None = None) -> i
     return fields.optional_size("sliding_window") if fields.given("sliding_window") else default
 
 
-def _router_facts(fields: Fields, name: str, *keys: str, **renamed: str) -> dict[str, Any]:
-    """What :func:`moe_export.inspect.layers.find_expert_blocks` reports of the built module."""
-    facts = {key: fields.values.get(key) for key in keys} | {
-        ours: fields.values.get(theirs) for ours, theirs in renamed.items()
-    }
+def _router_facts(fields: Fields, name: str, **defaults: Any) -> dict[str, Any]:
+    """What :func:`moe_export.inspect.layers.find_expert_blocks` reports of the built module.
+
+    ``defaults``: fields with the values that the family's class gives them.
+    """
+    facts = {key: fields.values.get(key, default) for key, default in defaults.items()}
+    if "n_group" in facts:
+        facts["num_group"] = facts.pop("n_group")
     return {"router": name} | {k: v for k, v in facts.items() if isinstance(v, (bool, int, float, str))}
 
 
@@ -180,7 +183,7 @@ def _olmoe(fields: Fields) -> Architecture:
     bias = fields.flag("attention_bias", False)
     kv_width = hidden // heads * fields.size("num_key_value_heads", default=heads)
     attention = grouped_query(fields, bias=bias, output_bias=bias, norms=hidden + kv_width)
-    routing = _router_facts(fields, "OlmoeTopKRouter", "norm_topk_prob")
+    routing = _router_facts(fields, "OlmoeTopKRouter", norm_topk_prob=False)
     layers = tuple(
         Layer(
             attention,
@@ -207,7 +210,7 @@ def _qwen2_moe(fields: Fields) -> Architecture:
     window = _window(fields, 4096, "use_sliding_window")
     kinds = fields.words("layer_types", depth, ("full_attention", "sliding_attention"))
     most = fields.size("max_window_layers", default=28, least=0)
-    routing = _router_facts(fields, "Qwen2MoeTopKRouter", "norm_topk_prob")
+    routing = _router_facts(fields, "Qwen2MoeTopKRouter", norm_topk_prob=False)
     layers = []
     for i in range(depth):
         slides = kinds[i] == "sliding_attention" if kinds else bool((i + 1) % 2) and i < most
@@ -231,7 +234,7 @@ def _qwen3_moe(fields: Fields) -> Architecture:
     attention = grouped_query(
         fields, bias=bias, output_bias=bias, norms=2 * dim, window=_window(fields, 4096, "use_sliding_window")
     )
-    routing = _router_facts(fields, "Qwen3MoeTopKRouter", "norm_topk_prob")
+    routing = _router_facts(fields, "Qwen3MoeTopKRouter", norm_topk_prob=False)
     layers = tuple(
         Layer(
             attention,
@@ -277,12 +280,7 @@ def _glm4_moe(fields: Fields) -> Architecture:
     )
     first = fields.size("first_k_dense_replace", default=1, least=0)
     routing = _router_facts(
-        fields,
-        "Glm4MoeTopkRouter",
-        "norm_topk_prob",
-        "topk_group",
-        "routed_scaling_factor",
-        num_group="n_group",
+        fields, "Glm4MoeTopkRouter", norm_topk_prob=True, topk_group=1, routed_scaling_factor=1.0, n_group=1
     )
     layers = tuple(
         Layer(
@@ -330,8 +328,12 @@ def _deepseek(fields: Fields, version: int) -> Architecture:
     experts, inner = fields.size("n_routed_experts"), fields.size("moe_intermediate_size")
     shared, dense = fields.size("n_shared_experts"), fields.size("intermediate_size")
     first = fields.size("first_k_dense_replace", least=0)
-    keys = ("topk_group", "routed_scaling_factor") + (("norm_topk_prob",) if version == 3 else ())
-    routing = _router_facts(fields, f"DeepseekV{version}TopkRouter", *keys, num_group="n_group")
+    defaults = (
+        {"norm_topk_prob": True, "topk_group": 4, "routed_scaling_factor": 2.5, "n_group": 8}
+        if version == 3
+        else {"topk_group": None, "routed_scaling_factor": 1.0, "n_group": None}
+    )
+    routing = _router_facts(fields, f"DeepseekV{version}TopkRouter", **defaults)
     layers = tuple(
         Layer(
             attention,

@@ -113,10 +113,11 @@ def _completed(values: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     if model_type not in CONFIG_MAPPING:
         return values
     try:
-        full = CONFIG_MAPPING[model_type](**values).to_dict()
+        config = CONFIG_MAPPING[model_type](**values)
     except Exception as error:  # a configuration class checks itself with whatever exceptions it likes
         raise SourceError(f"{path}: {error}") from error
-    return full | {"model_type": model_type}
+    names = {name: getattr(config, name, None) for name in config.attribute_map}
+    return names | config.to_dict() | {"model_type": model_type}
 
 
 def can_describe(values: Mapping[str, Any]) -> bool:

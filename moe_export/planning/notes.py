@@ -36,8 +36,8 @@ def notes(
         closest = min(layouts, key=lambda layout: layout.memory(arch, load))
         least = closest.memory(arch, load)
         found.append(
-            f"the layout with least memory, {closest.text}, needs {least / 1e9:.1f} GB on a GPU with room for "
-            f"{room / 1e9:.1f} GB"
+            f"the layout with least memory, {closest.text}, needs {least / 1e9:.1f} GB on a GPU that has "
+            f"room for {room / 1e9:.1f} GB"
         )
         enough = gpus_needed(arch, load, gpu, machine.assumptions)
         ways = [f"{enough['split']} if everything is divided evenly"]
