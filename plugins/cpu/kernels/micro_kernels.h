@@ -21,8 +21,12 @@ inline constexpr int kTileColumns = static_cast<int>(kPanelColumns);
 // Columns of half a tile. A tile's columns lie in two runs: gate and up, or two neighbouring runs.
 inline constexpr int kHalfColumns = static_cast<int>(kPanelPairs);
 
-// Prefetched cache lines per four steps of the depth.
-enum class Prefetch : int { kNone = 0, kOne = 4, kTwo = 8, kFour = 16 };
+// Prefetched cache lines per four steps of the depth; kRowsAhead: rows of the panel itself, which lie far
+// apart.
+enum class Prefetch : int { kRowsAhead = -1, kNone = 0, kOne = 4, kTwo = 8, kFour = 16 };
+
+// Rows that one call of `dot` takes at most.
+inline constexpr int kDotRows = 4 * kTileRows;
 
 // Number of element types; the tables below are indexed by static_cast<int>(DType).
 inline constexpr int kDTypes = 3;
@@ -37,7 +41,7 @@ struct KernelTable {
   void (*tile[kDTypes])(int rows, const float* const* a, const void* b0, const void* b1, int64_t stride,
                         int64_t depth, float* c, bool accumulate, const void* ahead, Prefetch lines);
 
-  // c[r][j] = sum over k < depth of a[r][k] * b[j * stride + k], for r < rows <= kTileRows, j < columns.
+  // c[r][j] = sum over k < depth of a[r][k] * b[j * stride + k], for r < rows <= kDotRows, j < columns.
   void (*dot[kDTypes])(int rows, const float* const* a, const void* b, int64_t stride, int64_t columns,
                        int64_t depth, float* c);
 

@@ -10,7 +10,23 @@
 namespace moe_export::cpu {
 namespace {
 
+// Into the second-level cache: what is prefetched is needed some kilobytes later, or by the next block of
+// tiles.
+inline void PrefetchAhead(const char* p) { __builtin_prefetch(p, 0, 2); }
 inline void PrefetchLine(const char* p) { __builtin_prefetch(p, 0, 3); }
+
+// Both halves of a row that comes soon, for rows that lie far apart.
+template <typename T>
+inline __attribute__((always_inline)) void PrefetchRow(const T* p0, const T* p1, int64_t stride) {
+  constexpr int kAhead = 24;
+  const char* c0 = reinterpret_cast<const char*>(p0 + kAhead * stride);
+  const char* c1 = reinterpret_cast<const char*>(p1 + kAhead * stride);
+#pragma GCC unroll 2
+  for (int line = 0; line < kHalfColumns * static_cast<int>(sizeof(T)); line += 64) {
+    PrefetchLine(c0 + line);
+    PrefetchLine(c1 + line);
+  }
+}
 
 // Vectors of columns that a tile of `rows` rows holds in registers at a time: a power of two.
 constexpr int VectorsFor(int rows) {
@@ -62,11 +78,12 @@ void TileOf(const float* const* rows, const T* b0, const T* b1, int64_t stride, 
     for (; k + 4 <= depth; k += 4) {
       if (column == 0) {
 #pragma GCC unroll 16
-        for (int line = 0; line < kLines; ++line) PrefetchLine(ahead + line * 64);
+        for (int line = 0; line < kLines; ++line) PrefetchAhead(ahead + line * 64);
         ahead += kLines * 64;
       }
 #pragma GCC unroll 4
       for (int u = 0; u < 4; ++u) {
+        if (kLines == static_cast<int>(Prefetch::kRowsAhead) && column == 0) PrefetchRow(p0, p1, stride);
         Step<kRows, kVectors, T>(a, k + u, p0, p1, sum);
         p0 += stride;
         p1 += stride;
@@ -114,6 +131,8 @@ void Tile(int rows, const float* const* a, const void* b0, const void* b1, int64
   const T* p1 = static_cast<const T*>(b1);
   const char* next = static_cast<const char*>(ahead);
   switch (lines) {
+    case Prefetch::kRowsAhead:
+      return TileRows<T, -1>(rows, a, p0, p1, stride, depth, c, accumulate, next);
     case Prefetch::kNone:
       return TileRows<T, 0>(rows, a, p0, p1, stride, depth, c, accumulate, next);
     case Prefetch::kOne:
@@ -125,24 +144,24 @@ void Tile(int rows, const float* const* a, const void* b0, const void* b1, int64
   }
 }
 
-// kRows x kColumns dot products over `depth`; columns `stride` elements apart.
-template <int kRows, int kColumns, typename T>
-void DotOf(const float* const* rows, const T* b, int64_t stride, int64_t depth, float* c) {
+// kRows x kColumns dot products over `depth`; columns `stride` elements apart. Prefetches columns
+// [first_ahead, first_ahead + kAhead) of the group of columns that comes next, step by step.
+template <int kRows, int kColumns, int kAhead, typename T>
+void DotOf(const float* const* rows, const T* b, int64_t stride, int64_t depth, float* c, int first_ahead) {
   Vec sum[kRows][kColumns];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
     for (int j = 0; j < kColumns; ++j) sum[r][j] = Zero();
   }
-  // The next group of columns, at the same depth.
-  const char* ahead = reinterpret_cast<const char*>(b + kColumns * stride);
+  const T* ahead = b + (kColumns + first_ahead) * stride;
   int64_t k = 0;
   for (; k + kLanes <= depth; k += kLanes) {
 #pragma GCC unroll 8
+    for (int j = 0; j < kAhead; ++j) PrefetchAhead(reinterpret_cast<const char*>(ahead + j * stride + k));
+#pragma GCC unroll 8
     for (int j = 0; j < kColumns; ++j) {
-      const T* column = b + j * stride + k;
-      PrefetchLine(ahead + (j * stride + k) * static_cast<int64_t>(sizeof(T)));
-      const Vec y = Load(column);
+      const Vec y = Load(b + j * stride + k);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) sum[r][j] = Fma(Load(rows[r] + k), y, sum[r][j]);
     }
@@ -158,32 +177,52 @@ void DotOf(const float* const* rows, const T* b, int64_t stride, int64_t depth, 
   }
 }
 
-template <int kRows, typename T>
-void DotColumns(const float* const* a, const T* b, int64_t stride, int64_t columns, int64_t depth, float* c) {
-  constexpr int kColumns = kRows * 4 <= kAccumulators ? 4 : 2;
-  int64_t j = 0;
-  for (; j + kColumns <= columns; j += kColumns)
-    DotOf<kRows, kColumns, T>(a, b + j * stride, stride, depth, c + j);
-  for (; j < columns; ++j) DotOf<kRows, 1, T>(a, b + j * stride, stride, depth, c + j);
+template <int kColumns, int kAhead, typename T>
+void DotRows(int rows, const float* const* a, const T* b, int64_t stride, int64_t depth, float* c,
+             int first_ahead) {
+  switch (rows) {
+    case 1:
+      return DotOf<1, kColumns, kAhead, T>(a, b, stride, depth, c, first_ahead);
+    case 2:
+      return DotOf<2, kColumns, kAhead, T>(a, b, stride, depth, c, first_ahead);
+    case 3:
+      return DotOf<3, kColumns, kAhead, T>(a, b, stride, depth, c, first_ahead);
+    case 4:
+      return DotOf<4, kColumns, kAhead, T>(a, b, stride, depth, c, first_ahead);
+    case 5:
+      return DotOf<5, kColumns, kAhead, T>(a, b, stride, depth, c, first_ahead);
+    default:
+      return DotOf<6, kColumns, kAhead, T>(a, b, stride, depth, c, first_ahead);
+  }
 }
 
 template <typename T>
-void Dot(int rows, const float* const* a, const void* b, int64_t stride, int64_t columns, int64_t depth,
+void Dot(int rows, const float* const* a, const void* source, int64_t stride, int64_t columns, int64_t depth,
          float* c) {
-  const T* p = static_cast<const T*>(b);
-  switch (rows) {
-    case 1:
-      return DotColumns<1, T>(a, p, stride, columns, depth, c);
-    case 2:
-      return DotColumns<2, T>(a, p, stride, columns, depth, c);
-    case 3:
-      return DotColumns<3, T>(a, p, stride, columns, depth, c);
-    case 4:
-      return DotColumns<4, T>(a, p, stride, columns, depth, c);
-    case 5:
-      return DotColumns<5, T>(a, p, stride, columns, depth, c);
-    default:
-      return DotColumns<6, T>(a, p, stride, columns, depth, c);
+  constexpr int kColumns = kAccumulators >= 24 ? 4 : 2;
+  const T* b = static_cast<const T*>(source);
+  const int tiles = (rows + kTileRows - 1) / kTileRows;
+  for (int64_t j = 0; j < columns;) {
+    const bool whole = j + kColumns <= columns;
+    // A group of columns meets all rows while it is in the cache; each tile prefetches a share of the next
+    // group.
+    int row = 0;
+    for (int tile = 0; tile < tiles; ++tile) {
+      const int height = (rows - row + tiles - tile - 1) / (tiles - tile);
+      float* to = c + row * kTileColumns + j;
+      if (!whole) {
+        DotRows<1, 0, T>(height, a + row, b + j * stride, stride, depth, to, 0);
+      } else if (tiles == 1) {
+        DotRows<kColumns, kColumns, T>(height, a + row, b + j * stride, stride, depth, to, 0);
+      } else if (tile < 2) {
+        DotRows<kColumns, kColumns / 2, T>(height, a + row, b + j * stride, stride, depth, to,
+                                           tile * kColumns / 2);
+      } else {
+        DotRows<kColumns, 0, T>(height, a + row, b + j * stride, stride, depth, to, 0);
+      }
+      row += height;
+    }
+    j += whole ? kColumns : 1;
   }
 }
 

@@ -23,12 +23,14 @@ enum class Path {
 // From this many rows on, float16 and bfloat16 panels are widened once instead of in every tile.
 constexpr int64_t kWidenFrom = 2 * kTileRows + 1;
 // Up to this many rows, columns that lie contiguously are multiplied as dot products.
-constexpr int64_t kDotUpTo = 2 * kTileRows;
+constexpr int64_t kDotUpTo = kDotRows;
 // Bytes that a tile which streams its panel from memory prefetches ahead.
-constexpr int64_t kStreamAhead = 4096;
+constexpr int64_t kStreamAhead = 8192;
+// Rows that copying a panel prefetches ahead.
+constexpr int64_t kCopyAhead = 24;
 
-void SplitPanel(const MatrixStack& stack, int64_t panel, Half (&halves)[2]) {
-  if (!stack.gated) {
+void SplitPanel(const MatrixStack& stack, int64_t panel, bool in_order, Half (&halves)[2]) {
+  if (!stack.gated || in_order) {
     const int64_t first = panel * kPanelColumns;
     const int64_t count = std::min(kPanelColumns, stack.columns - first);
     halves[0] = {first, 1, std::min<int64_t>(kHalfColumns, count)};
@@ -59,7 +61,9 @@ class PanelProduct {
       matrix_ += (expert * stack.Panels() + panel) * stack.depth * kPanelColumns * size_;
     } else {
       matrix_ += expert * stack.depth * stack.columns * size_;
-      SplitPanel(stack, panel, halves_);
+      // Rows of both gate and up are read as they lie, 64 columns at a time, and separated afterwards.
+      mixed_ = stack.gated && stack.form == WeightForm::kInOut && stack.layout == GateLayout::kInterleaved;
+      SplitPanel(stack, panel, mixed_, halves_);
     }
   }
 
@@ -75,6 +79,7 @@ class PanelProduct {
       if (stack_.form == WeightForm::kPacked) source.next = last ? next : InPlace(k + depth).b0;
       RunTiles(source, rows, first, count, k, depth, tiles, c);
     }
+    if (mixed_) Separate(count, c);
   }
 
  private:
@@ -138,29 +143,17 @@ class PanelProduct {
       float* to = scratch + h * kHalfColumns;
       if (stack_.form == WeightForm::kOutIn) {
         kernels_.transpose[type_](Element(k, half.first), half.step * stack_.depth, half.count, depth, to);
-      } else if (half.step == 1) {
-        for (int64_t i = 0; i < depth; ++i) {
-          kernels_.widen[type_](Element(k + i, half.first), to + i * kPanelColumns, half.count);
-        }
       } else {
-        for (int64_t i = 0; i < depth; ++i)
-          CopyStrided(Element(k + i, half.first), half, to + i * kPanelColumns);
+        for (int64_t i = 0; i < depth; ++i) {
+          const char* from = Element(k + i, half.first);
+          const char* later = from + kCopyAhead * stack_.columns * size_;
+          for (int64_t line = 0; line < kHalfColumns * size_; line += 64)
+            __builtin_prefetch(later + line, 0, 3);
+          kernels_.widen[type_](from, to + i * kPanelColumns, half.count);
+        }
       }
     }
     return source;
-  }
-
-  void CopyStrided(const char* from, const Half& half, float* to) const {
-    for (int64_t j = 0; j < half.count; ++j) {
-      const char* element = from + j * half.step * size_;
-      if (stack_.dtype == DType::kFloat32) {
-        std::memcpy(to + j, element, sizeof(float));
-      } else {
-        uint16_t bits;
-        std::memcpy(&bits, element, sizeof(bits));
-        to[j] = stack_.dtype == DType::kFloat16 ? ToFloat(Float16{bits}) : ToFloat(BFloat16{bits});
-      }
-    }
   }
 
   void RunTiles(const Source& source, const RowSource& rows, int64_t first, int64_t count, int64_t k,
@@ -181,6 +174,7 @@ class PanelProduct {
   // What tile number `tile` of `tiles` prefetches: alone, some kilobytes ahead in its own panel; else its
   // share of the next block, so that memory is never idle while the tiles multiply.
   const void* Ahead(const Source& source, int64_t tiles, int64_t tile, int64_t depth, Prefetch* lines) const {
+    if (stack_.form == WeightForm::kInOut && source.stride != kPanelColumns) *lines = Prefetch::kRowsAhead;
     if (stack_.form != WeightForm::kPacked) return nullptr;
     const int64_t all = 4 * kPanelColumns * size_ / 64;
     if (tiles == 1) {
@@ -196,7 +190,8 @@ class PanelProduct {
   }
 
   void RunDot(const RowSource& rows, int64_t first, int64_t count, float* c) const {
-    const int64_t tiles = (count + kTileRows - 1) / kTileRows;
+    const float* a[kDotRows];
+    for (int64_t r = 0; r < count; ++r) a[r] = rows.Row(first + r);
     for (int h = 0; h < 2; ++h) {
       const Half& half = halves_[h];
       if (half.count < kHalfColumns) {
@@ -205,14 +200,20 @@ class PanelProduct {
         }
       }
       if (half.count == 0) continue;
-      int64_t row = 0;
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t height = (count - row + (tiles - tile) - 1) / (tiles - tile);
-        const float* a[kTileRows];
-        for (int64_t r = 0; r < height; ++r) a[r] = rows.Row(first + row + r);
-        kernels_.dot[type_](static_cast<int>(height), a, Element(0, half.first), half.step * stack_.depth,
-                            half.count, stack_.depth, c + row * kTileColumns + h * kHalfColumns);
-        row += height;
+      kernels_.dot[type_](static_cast<int>(count), a, Element(0, half.first), half.step * stack_.depth,
+                          half.count, stack_.depth, c + h * kHalfColumns);
+    }
+  }
+
+  // Products of a panel whose gate and up columns alternate: gate first, then up.
+  static void Separate(int64_t count, float* c) {
+    for (int64_t r = 0; r < count; ++r) {
+      float mixed[kTileColumns];
+      float* row = c + r * kTileColumns;
+      std::memcpy(mixed, row, sizeof(mixed));
+      for (int j = 0; j < kHalfColumns; ++j) {
+        row[j] = mixed[2 * j];
+        row[kHalfColumns + j] = mixed[2 * j + 1];
       }
     }
   }
@@ -223,6 +224,7 @@ class PanelProduct {
   const int64_t size_;
   const char* matrix_ = nullptr;
   Half halves_[2] = {};
+  bool mixed_ = false;
 };
 
 }  // namespace
