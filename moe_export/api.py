@@ -127,7 +127,7 @@ def _build(
         progress=progress,
     )
     _max_sequence(loaded, config)
-    key = cache_key(loaded.info.hash, config.key_fields())
+    key = cache_key(loaded.info.hash, {**config.key_fields(), **_environment(config)})
     unchanged = find_unchanged(output, key, progress=progress) if output.exists() else None
     if unchanged is not None:
         progress.note(f"{output} is unchanged: same source, options and tools; nothing to build")
@@ -151,6 +151,13 @@ def _build(
     return bundle
 
 
+def _environment(config: BuildConfig) -> dict[str, Any]:
+    """What of this machine decides what a bundle holds: a build with the CPU plugin is another one."""
+    from .backends.onnxruntime.plugin import cpu_plugin_problem
+
+    return {"cpu_plugin": not cpu_plugin_problem()} if config.target == "onnxruntime" else {}
+
+
 def _raise_if_failed(bundle: Bundle) -> None:
     parity = bundle.manifest.evidence.get("parity")
     if isinstance(parity, dict) and parity.get("passed") is False:
@@ -170,7 +177,13 @@ def _write_engine(
     exported = export_model(loaded, dtype=config.dtype, opset=config.opset, progress=progress)
     with progress.stage(f"lower for {config.target}"):
         lowered = get_backend(config.target).build(
-            exported, writer.path, {"expert_lowering": config.expert_lowering, "threads": config.threads}
+            exported,
+            writer.path,
+            {
+                "expert_lowering": config.expert_lowering,
+                "expert_weights": config.expert_weights,
+                "threads": config.threads,
+            },
         )
     count = count_parameters(loaded.module, getattr(loaded.module, "config", None))
     parameters = {

@@ -15,7 +15,8 @@ from moe_export.errors import UsageError, choices_text
 from moe_export.schema import DTYPES, TASKS
 
 TARGETS: tuple[str, ...] = ("onnxruntime", "portable")
-EXPERT_LOWERINGS: tuple[str, ...] = ("auto", "unrolled", "loop")
+EXPERT_WEIGHTS: tuple[str, ...] = ("auto", "as-is", "packed")
+EXPERT_LOWERINGS: tuple[str, ...] = ("auto", "fused", "unrolled", "loop")
 OPSETS: tuple[int, ...] = (20, 21, 22, 24)
 DEFAULT_OPSET = 20
 BASELINES: tuple[str, ...] = (
@@ -52,6 +53,8 @@ class BuildConfig:
     opset: int = DEFAULT_OPSET
     expert_lowering: str = "auto"
     """How a layer's experts are lowered; ``auto`` chooses per layer and reports why."""
+    expert_weights: str = "auto"
+    """How the weights of fused experts lie in the bundle: as in the source, or packed for the CPU plugin."""
     tolerances: dict[str, float] = field(default_factory=dict)
     """Output name → largest error allowed there, in place of the dtype's default."""
     seed: int = 0
@@ -76,6 +79,7 @@ class BuildConfig:
         _check_choice("target", self.target, TARGETS)
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("expert_lowering", self.expert_lowering, EXPERT_LOWERINGS)
+        _check_choice("expert_weights", self.expert_weights, EXPERT_WEIGHTS)
         if self.task is not None:
             _check_choice("task", self.task, TASKS)
         _check_opset(self.opset)

@@ -50,7 +50,7 @@ class Backend(ABC):
             exported.moe_layers,
             exported.dtype,
             exported.opset,
-            dict(options),
+            self._options(options),
             list(exported.decisions),
             list(exported.notes),
             float32_weights=exported.float32_weights,
@@ -65,6 +65,10 @@ class Backend(ABC):
             context.cache,
             context.rows_apart,
         )
+
+    def _options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """What the passes are given: ``options``, and what only this target's environment knows."""
+        return dict(options)
 
     @abstractmethod
     def _write(self, context: PassContext, folder: Path) -> None:

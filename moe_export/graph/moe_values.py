@@ -66,7 +66,7 @@ def _consumer(value: ir.Value, op_type: str, domain: str) -> ir.Node | None:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class ExpertNodes:
     """The nodes and values of one MoE layer."""
 
     dispatch: ir.Node
@@ -82,7 +82,7 @@ class _Layer:
     output: ir.Value
 
 
-def _layer_of(dispatch: ir.Node) -> _Layer:
+def expert_nodes(dispatch: ir.Node) -> ExpertNodes:
     """Follow a Dispatch to the other nodes of its layer.
 
     Raises:
@@ -100,10 +100,10 @@ def _layer_of(dispatch: ir.Node) -> _Layer:
     if first is None or last is None or None in found:
         raise ExportError(f"MoE layer {name!r}: no GroupedMatMul between dispatch and combine")
     hidden, ids, weights = (v for v in found if v is not None)
-    return _Layer(dispatch, gather, combine, first, last, hidden, ids, weights, combine.outputs[0])
+    return ExpertNodes(dispatch, gather, combine, first, last, hidden, ids, weights, combine.outputs[0])
 
 
-def _values(found: _Layer, layer: MoELayer) -> dict[str, tuple[ir.Value, ir.Node | None]]:
+def _values(found: ExpertNodes, layer: MoELayer) -> dict[str, tuple[ir.Value, ir.Node | None]]:
     """Name → the value that shall have it, and the node of this layer that reads it."""
     return {
         layer.hidden: (found.hidden, found.gather),
@@ -138,7 +138,7 @@ def _weight_shape(node: ir.Node, name: str) -> list[int]:
     return [int(d) for d in shape]  # type: ignore[arg-type]
 
 
-def _top_k(layer: _Layer, name: str) -> int:
+def _top_k(layer: ExpertNodes, name: str) -> int:
     for value in (layer.expert_ids, layer.weights):
         if value.shape is not None and len(value.shape) == 2 and isinstance(value.shape[1], int):
             return int(value.shape[1])
@@ -164,7 +164,7 @@ def name_moe_values(model: ir.Model) -> tuple[MoELayer, ...]:
         calls[name] += 1
         name = nth_call(name, calls[name])
         dispatch.attributes["layer"] = ir.AttrString("layer", name)
-        found = _layer_of(dispatch)
+        found = expert_nodes(dispatch)
         transposed = found.first.attributes["transposed"].as_int()
         prefix = f"moe.{index}"
         layers.append(
@@ -205,7 +205,7 @@ def rename_moe_values(model: ir.Model, layers: Sequence[MoELayer]) -> None:
     for layer in layers:
         if layer.name not in dispatches:
             raise ExportError(f"MoE layer {layer.name!r}: a rewrite removed its Dispatch")
-        found = _layer_of(dispatches[layer.name])
+        found = expert_nodes(dispatches[layer.name])
         values = _values(found, layer)
         router = _through_identity(found.expert_ids).producer()
         if layer.logits is not None and router is not None and router.op_type == "Router":

@@ -70,11 +70,17 @@ def reference(
     alpha: float = 1.702,
     limit: float = 7.0,
     biased: int = 0,
+    packed: int = 0,
     layer: str = "",
 ) -> NDArray[np.float64]:
     """The chain Dispatch → GroupedMatMul → activation → GroupedMatMul → Combine in float64: [T, H]."""
     import numpy as np
 
+    if packed:
+        from .packing import unpack_down, unpack_up
+
+        up = unpack_up(np.asarray(up), down.shape[2], gated=bool(gated))
+        down = unpack_down(np.asarray(down), hidden.shape[1])
     order, offsets, tokens = dispatch.reference(expert_ids, num_experts)
     rows = np.asarray(hidden, np.float64)[tokens]
     owner = np.clip(np.asarray(expert_ids).reshape(-1)[order], 0, num_experts - 1)
@@ -153,8 +159,43 @@ def activation_lines(attributes: Mapping[str, Any], source: str, target: str) ->
     return f"{split}\n {function('gate', 'gated_value')}\n {target} = Mul (gated_value, linear)"
 
 
+def _unpacking(gated: bool) -> str:
+    """Body lines that turn panels of 64 columns (``packing.py``) back into [E, 2I or I, H] and [E, H, I]."""
+    columns = """
+    up_pairs_shape = Constant <value_ints = [0, 0, 0, 2, 32]> ()
+    up_pairs = Reshape (up_rows, up_pairs_shape)
+    up_halves = Transpose <perm = [0, 1, 3, 2, 4]> (up_pairs)
+    up_halves_shape = Constant <value_ints = [0, 0, 2, -1]> ()
+    up_wide = Reshape (up_halves, up_halves_shape)
+    up_axis = Constant <value_ints = [3]> ()
+    up_cut = Slice (up_wide, unpack_zero, inner_size, up_axis)
+    up_columns = Reshape (up_cut, unpack_shape)
+    """
+    plain = """
+    up_wide = Reshape (up_rows, unpack_shape)
+    up_columns = Slice (up_wide, unpack_zero, inner_size, unpack_axis)
+    """
+    return f"""
+    unpack_zero = Constant <value_ints = [0]> ()
+    unpack_axis = Constant <value_ints = [2]> ()
+    unpack_shape = Constant <value_ints = [0, 0, -1]> ()
+    inner_size = Shape <start = 2, end = 3> (down)
+    outer_size = Shape <start = 1, end = 2> (hidden)
+    up_raw = Cast <to = 1> (up)
+    up_rows = Transpose <perm = [0, 2, 1, 3]> (up_raw)
+    {columns if gated else plain}
+    up_matrix = Transpose <perm = [0, 2, 1]> (up_columns)
+    down_raw = Cast <to = 1> (down)
+    down_rows_4d = Transpose <perm = [0, 2, 1, 3]> (down_raw)
+    down_wide = Reshape (down_rows_4d, unpack_shape)
+    down_columns = Slice (down_wide, unpack_zero, outer_size, unpack_axis)
+    down_matrix = Transpose <perm = [0, 2, 1]> (down_columns)
+    """
+
+
 def body(attributes: Mapping[str, Any], _opset: int) -> str:
     bias_1 = bias_2 = ""
+    up, down = ("up_matrix", "down_matrix") if attributes["packed"] else ("up", "down")
     inner_in, outer_in = "inner_f32", "outer_f32"
     if attributes["biased"]:
         bias_1 = (
@@ -168,6 +209,7 @@ def body(attributes: Mapping[str, Any], _opset: int) -> str:
         inner_in, outer_in = "inner_b", "outer_b"
     t = attributes["transposed"]
     return f"""
+    {_unpacking(bool(attributes["gated"])) if attributes["packed"] else ""}
     order, offsets, tokens = moe_export.Dispatch
         <num_experts : int = @num_experts, drops = 1, layer : string = @layer> (expert_ids)
     hidden_f32 = Cast <to = 1> (hidden)
@@ -182,10 +224,10 @@ def body(attributes: Mapping[str, Any], _opset: int) -> str:
     highest = Sub (experts, one_0d)
     owner_low = Max (owner_64, zero_0d)
     owner = Min (owner_low, highest)
-    inner_f32 = moe_export.GroupedMatMul <transposed = {t}> (rows, up, offsets)
+    inner_f32 = moe_export.GroupedMatMul <transposed = {t}> (rows, {up}, offsets)
     {bias_1}
     {activation_lines(attributes, inner_in, "activated")}
-    outer_f32 = moe_export.GroupedMatMul <transposed = {t}> (activated, down, offsets)
+    outer_f32 = moe_export.GroupedMatMul <transposed = {t}> (activated, {down}, offsets)
     {bias_2}
     is_low = Less (owner_64, zero_0d)
     is_high = Greater (owner_64, highest)
@@ -201,6 +243,8 @@ def body(attributes: Mapping[str, Any], _opset: int) -> str:
 def _conflict(attributes: Mapping[str, Any]) -> str:
     if attributes["activation"] == "clamped_swiglu" and not attributes["gated"]:
         return "activation clamped_swiglu needs gated 1"
+    if attributes["packed"] and (attributes["transposed"] or attributes["layout"] != "concatenated"):
+        return "packed 1 needs transposed 0 and layout concatenated"
     return ""
 
 
@@ -213,9 +257,17 @@ EXPERT_MLP = OpContract(
         Param("expert_ids", ("T", "K"), ("int32",), "from Router; negative = dropped"),
         Param("weights", ("T", "K"), ("float32",), "from Router"),
         Param(
-            "up", ("E", "2I or I", "H"), FLOAT_TYPES, "gate and up, or up alone; [E, H, 2I] when transposed"
+            "up",
+            ("E", "2I or I", "H"),
+            FLOAT_TYPES,
+            "gate and up, or up alone; [E, H, 2I] when transposed, [E, U, H, 64] when packed",
         ),
-        Param("down", ("E", "H", "I"), FLOAT_TYPES, "down; [E, I, H] when transposed"),
+        Param(
+            "down",
+            ("E", "H", "I"),
+            FLOAT_TYPES,
+            "down; [E, I, H] when transposed, [E, D, I, 64] when packed",
+        ),
         Param("up_bias", ("E", "2I or I"), FLOAT_TYPES, "bias of up", optional=True),
         Param("down_bias", ("E", "H"), FLOAT_TYPES, "bias of down", optional=True),
     ),
@@ -238,6 +290,15 @@ EXPERT_MLP = OpContract(
         Attribute("alpha", float, "clamped_swiglu: factor in the sigmoid", default=1.702),
         Attribute("limit", float, "clamped_swiglu: clamp", default=7.0),
         Attribute("biased", int, "1: both biases are given", default=0, choices=(0, 1), structural=True),
+        Attribute(
+            "packed",
+            int,
+            "1: matrices lie in panels of 64 columns (moe_export/ops/packing.py), which the CPU plugin reads "
+            "fastest; needs transposed 0 and layout concatenated",
+            default=0,
+            choices=(0, 1),
+            structural=True,
+        ),
         Attribute("layer", str, "name of the MoE layer in the source model", default=""),
     ),
     reference=reference,

@@ -30,6 +30,8 @@ class PassContext:
     notes: list[str] = field(default_factory=list)
     cache: Literal["growing", "shared"] = "growing"
     rows_apart: bool = False
+    fused: tuple[int, ...] = ()
+    """Indices of the MoE layers whose experts are one ExpertMLP node."""
     float32_weights: frozenset[str] = frozenset()
     """Initializers that stay float32 where the others are stored in bfloat16."""
 

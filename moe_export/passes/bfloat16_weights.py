@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..ops import DOMAIN
 from ..schema import Decision
 from .base import Pass, PassContext
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
 
 SMALLEST = 1024
 """Fewer elements than this stay float32: norms and biases are small and lose precision for nothing."""
+_EXPERT_WEIGHTS = (3, 4)
+"""ExpertMLP's inputs ``up`` and ``down``, which it reads in bfloat16; both have one dtype."""
 
 
 class BFloat16Weights(Pass):
@@ -26,24 +29,34 @@ class BFloat16Weights(Pass):
         import onnx_ir as ir
 
         graph = context.model.graph
-        count = size = 0
+        experts = [n for n in graph if n.domain == DOMAIN and n.op_type == "ExpertMLP"]
+        pairs = [[node.inputs[i] for i in _EXPERT_WEIGHTS] for node in experts]
+        whole = {id(v) for pair in pairs for v in pair if not any(_kept(w, context) for w in pair)}
+        apart = {id(v) for pair in pairs for v in pair} - whole
+        count = size = direct = 0
         for value in list(graph.initializers.values()):
             tensor = value.const_value
-            if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size < SMALLEST:
+            if tensor is None or tensor.dtype != ir.DataType.FLOAT or id(value) in apart:
                 continue
-            if value.name in context.float32_weights:
+            if _kept(value, context) or (tensor.size < SMALLEST and id(value) not in whole):
                 continue
             stored = _stored(value, tensor.numpy().astype(ml_dtypes.bfloat16))
             graph.register_initializer(stored)
-            cast = ir.node("Cast", [stored], attributes={"to": ir.DataType.FLOAT.value})
-            cast.outputs[0].shape, cast.outputs[0].dtype = value.shape, ir.DataType.FLOAT
-            graph.insert_before(_first(graph), cast)
-            value.replace_all_uses_with(cast.outputs[0])
+            count, size = count + 1, size + int(tensor.size)
+            for node, index in list(value.uses()):
+                if id(value) in whole and node.op_type == "ExpertMLP":
+                    node.replace_input_with(index, stored)
             name = value.name
             assert name is not None
+            if list(value.uses()):
+                cast = ir.node("Cast", [stored], attributes={"to": ir.DataType.FLOAT.value})
+                cast.outputs[0].shape, cast.outputs[0].dtype = value.shape, ir.DataType.FLOAT
+                graph.insert_before(_first(graph), cast)
+                value.replace_all_uses_with(cast.outputs[0])
+                cast.outputs[0].name = f"{name}.float32"
+            else:
+                direct += 1
             del graph.initializers[name]
-            cast.outputs[0].name = f"{name}.float32"
-            count, size = count + 1, size + int(tensor.size)
         context.decisions.append(
             Decision(
                 subject="weights",
@@ -51,10 +64,15 @@ class BFloat16Weights(Pass):
                 reason="ONNX Runtime's CPU provider has no bfloat16 kernels for MatMul and norms",
             )
         )
+        read = f"; {direct} of them are expert weights, read as they are" if direct else ""
         context.notes.append(
             f"{count} weights ({size} elements) are stored in bfloat16 and cast to float32; tensors of "
-            f"fewer than {SMALLEST} elements stay float32"
+            f"fewer than {SMALLEST} elements stay float32{read}"
         )
+
+
+def _kept(value: ir.Value | None, context: PassContext) -> bool:
+    return value is None or value.name in context.float32_weights
 
 
 def _stored(value: ir.Value, array: object) -> ir.Value:

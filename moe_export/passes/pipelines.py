@@ -8,6 +8,7 @@ from .base import Pass, PassContext
 from .bfloat16_weights import BFloat16Weights
 from .cached_attention import CachedAttention
 from .causal_masks import CausalMasks
+from .fuse_experts import FuseExperts
 from .library_fusions import LibraryFusions
 from .merge_reshapes import MergeReshapes
 from .mixed_norms import SplitMixedNorms
@@ -22,6 +23,7 @@ PIPELINES: dict[str, tuple[type[Pass], ...]] = {
         SplitMixedNorms,
         CausalMasks,
         MergeReshapes,
+        FuseExperts,
         UnrollExperts,
         BFloat16Weights,
     ),

@@ -23,7 +23,7 @@ NODE_LIMIT = 20_000
 """Expert MatMul nodes of a whole model above which unrolling is refused: the load time grows with the
 nodes."""
 TOKENS = (1, 64)
-LOWERINGS = ("auto", "unrolled", "loop")
+LOWERINGS = ("auto", "fused", "unrolled", "loop")
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class _Kind:
 
 
 class UnrollExperts(Pass):
-    """``option expert_lowering``: ``auto`` measures both forms on this machine, ``unrolled`` and ``loop``
-    force one."""
+    """What :class:`FuseExperts` left. ``option expert_lowering``: ``auto`` and ``fused`` measure both forms
+    on this machine, ``unrolled`` and ``loop`` force one."""
 
     name = "unroll-experts"
 
@@ -111,7 +111,7 @@ def _may_drop(node: ir.Node) -> bool:
 
 
 def _decide(kind: _Kind, wanted: str, total: int, opset: int, threads: int | None) -> Decision:
-    if wanted != "auto":
+    if wanted in ("unrolled", "loop"):
         return Decision("", wanted, f"asked for by expert_lowering = {wanted}")
     if total > NODE_LIMIT:
         return Decision(

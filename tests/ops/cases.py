@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_export.ops.packing import pack_down, pack_up
+
 from .one_op import NUMPY
 
 SIZES = ((0, 2, 4), (1, 1, 1), (1, 2, 4), (7, 2, 4), (5, 4, 4), (40, 3, 16))
@@ -62,6 +64,9 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "relu ungated biased": {"activation": "relu", "gated": 0, "biased": 1},
     "gelu": {"activation": "gelu"},
     "gelu tanh biased": {"activation": "gelu_tanh", "biased": 1},
+    "packed": {"packed": 1},
+    "packed ungated": {"packed": 1, "activation": "relu", "gated": 0},
+    "packed biased": {"packed": 1, "activation": "clamped_swiglu", "biased": 1, "limit": 1.5},
 }
 
 
@@ -115,12 +120,17 @@ def expert_inputs(
     up = (experts, hidden, wide) if transposed else (experts, wide, hidden)
     down = (experts, inner, hidden) if transposed else (experts, hidden, inner)
     biased = attributes.get("biased", 0)
+    up_weight = randoms(weight_dtype, *up, seed=1)
+    down_weight = (randoms("float32", *down, seed=2) * 0.3).astype(NUMPY[weight_dtype])
+    if attributes.get("packed"):
+        up_weight = pack_up(up_weight, gated=bool(attributes.get("gated", 1)))
+        down_weight = pack_down(down_weight)
     return {
         "hidden": randoms(dtype, len(ids), hidden),
         "expert_ids": ids,
         "weights": np.abs(randoms("float32", *ids.shape)) * 0.3,
-        "up": randoms(weight_dtype, *up, seed=1),
-        "down": (randoms("float32", *down, seed=2) * 0.3).astype(NUMPY[weight_dtype]),
+        "up": up_weight,
+        "down": down_weight,
         "up_bias": randoms(weight_dtype, experts, wide, seed=3) if biased else None,
         "down_bias": randoms(weight_dtype, experts, hidden, seed=4) if biased else None,
     }

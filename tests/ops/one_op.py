@@ -61,8 +61,11 @@ def onnx_model(
         )
         for inner in INNER.get(name, ())
     ]
+    ranks = {p.name: len(p.shape) for p in given}
+    if full.get("packed"):
+        ranks |= {"up": 4, "down": 4}
     graph = helper.make_graph(
-        nodes, name, [_value(p.name, dtypes[p.name], len(p.shape)) for p in given], outputs
+        nodes, name, [_value(p.name, dtypes[p.name], ranks[p.name]) for p in given], outputs
     )
     model = helper.make_model(
         graph,

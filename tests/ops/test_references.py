@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from moe_export.ops import OPS
 from moe_export.ops.expert_mlp import activate
+from moe_export.ops.packing import unpack_down, unpack_up
 
 from .cases import EXPERTS, expert_inputs, randoms
 from .one_op import in_onnxruntime, problem
@@ -149,6 +150,10 @@ def test_expert_mlp_is_the_chain_of_its_parts(variant: str) -> None:
     (got,) = by_reference("ExpertMLP", inputs, attributes)
     want = np.zeros_like(got)
     transposed = attributes.get("transposed", 0)
+    if attributes.get("packed"):
+        gated = bool(attributes.get("gated", 1))
+        inputs["up"] = unpack_up(inputs["up"], inputs["down"].shape[2], gated=gated)
+        inputs["down"] = unpack_down(inputs["down"], inputs["hidden"].shape[1])
     for (token, k), expert in np.ndenumerate(ids):
         if not 0 <= expert < 4:
             continue
