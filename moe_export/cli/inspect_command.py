@@ -19,9 +19,7 @@ from moe_export.cli.options import common_options, json_option, trust_remote_cod
 @click.option(
     "--kv-dtype",
     type=click.Choice(("float32", "bfloat16", "float16", "float8")),
-    default="bfloat16",
-    show_default=True,
-    help="Number format of the cache.",
+    help="Number format of the cache.  [default: bfloat16; float32 beside float32 weights]",
 )
 @trust_remote_code_option
 @json_option
@@ -31,7 +29,7 @@ def command(
     context: int | None,
     batch: int,
     dtype: str | None,
-    kv_dtype: str,
+    kv_dtype: str | None,
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
@@ -52,7 +50,7 @@ def command(
         context=context,
         batch=batch,
         weights=dtype,
-        cache=kv_dtype,
+        cache=kv_dtype or "",
     )
     if as_json:
         print_json(summary.to_dict())

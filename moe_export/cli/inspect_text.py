@@ -29,6 +29,10 @@ def summary_text(summary: ModelSummary) -> str:
         )
     if "preset" in details:
         lines.append(f"{details['title']}, config from {details['source']}")
+    if "weight_files" in details:
+        files = details["weight_files"]
+        plural = "" if files == 1 else "s"
+        lines.append(f"{files} weight file{plural}, {bytes_text(details['weight_bytes'])}")
     lines.append("parameters")
     names = {
         "total": "total",

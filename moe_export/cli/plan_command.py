@@ -36,9 +36,7 @@ from moe_export.cli.options import Assignment, common_options, json_option
 @click.option(
     "--kv-dtype",
     type=click.Choice(("float32", "bfloat16", "float16", "float8")),
-    default="bfloat16",
-    show_default=True,
-    help="Number format of the cache.",
+    help="Number format of the cache.  [default: bfloat16; float32 beside float32 weights]",
 )
 @click.option(
     "--ep-mode",
@@ -66,7 +64,7 @@ def command(
     trace: Path | None,
     zipf: float | None,
     dtype: str | None,
-    kv_dtype: str,
+    kv_dtype: str | None,
     ep_mode: str | None,
     assume: tuple[tuple[str, float], ...],
     plot: Path | None,
@@ -108,7 +106,7 @@ def command(
         context=context,
         batch=batch,
         weights=weight_format(dtype or model.weights),
-        cache=kv_dtype,
+        cache=kv_dtype or "",
         routing=routing,
         mode=ep_mode,
         assumptions=Assumptions(**dict(assume)),

@@ -26,6 +26,11 @@ class WeightFormat:
     parts: frozenset[str] | None
     about: str
 
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes per number between kernels: 4 for float32, 2 for all others."""
+        return 4 if self.compute == "float32" else 2
+
     def bits_of(self, part: str) -> float:
         """Bits per parameter of a part of the model (a component's name)."""
         return self.bits if self.parts is None or part in self.parts else 16.0

@@ -120,6 +120,13 @@ def _completed(values: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     return names | config.to_dict() | {"model_type": model_type}
 
 
+def _checkpoint(path: str | None) -> dict[str, Any]:
+    """Number and size of the weight files beside a config; nothing is read of them."""
+    folder = Path(path or "")
+    files = [f for ending in ("*.safetensors", "pytorch_model*.bin") for f in folder.glob(ending)]
+    return {"weight_files": len(files), "weight_bytes": sum(f.stat().st_size for f in files)} if files else {}
+
+
 def can_describe(values: Mapping[str, Any]) -> bool:
     """Whether a config's family has a reader."""
     return has_reader(values.get("model_type"))
@@ -163,7 +170,7 @@ def summary_of(
         },
         moe_layers=layers,
         routing=family_routing(arch.class_name, layers),
-        details={}
+        details=_checkpoint(path)
         if preset is None
         else {"preset": preset.name, "title": preset.title, "source": preset.source},
         notes=tuple(notes),

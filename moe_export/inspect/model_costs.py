@@ -78,9 +78,11 @@ def shared_kernels(
                 work = _matrices(layer.cross.linears[1:3], step.tokens, weights, "attention", split)
                 yield Kernels("attention", work, 1, weights.compute, count)
         return
-    rows = step.sequences
-    head = matmul(rows, arch.head.inputs, arch.head.outputs, weights.bits_of("output_head")) * (1 / split)
-    yield Kernels("output_head", head + elementwise(rows, arch.hidden, 2), 2, _wide(weights))
+    rows, each = step.sequences, weights.activation_bytes
+    head = matmul(rows, arch.head.inputs, arch.head.outputs, weights.bits_of("output_head"), each) * (
+        1 / split
+    )
+    yield Kernels("output_head", head + elementwise(rows, arch.hidden, 2, each), 2, _wide(weights))
 
 
 def _wide(weights: WeightFormat) -> str:
@@ -91,23 +93,23 @@ def _wide(weights: WeightFormat) -> str:
 def _matrices(linears: tuple[Linear, ...], rows: float, weights: WeightFormat, part: str, split: int) -> Work:
     work = Work()
     for m in linears:
-        work += matmul(rows, m.inputs, m.outputs, weights.bits_of(part))
+        work += matmul(rows, m.inputs, m.outputs, weights.bits_of(part), weights.activation_bytes)
     return work * (1 / split)
 
 
 def _layer(
     arch: Architecture, layer: Layer, step: Step, weights: WeightFormat, cache_bytes: float, split: int
 ) -> Iterator[Kernels]:
-    tokens = step.tokens
+    tokens, each = step.tokens, weights.activation_bytes
     blocks = len(layer.attentions) + 1
-    yield Kernels("norms", elementwise(tokens, arch.hidden, 3 * blocks), blocks, _wide(weights))
+    yield Kernels("norms", elementwise(tokens, arch.hidden, 3 * blocks, each), blocks, _wide(weights))
     for block in layer.attentions:
         cross = block is layer.cross
         linears = (block.linears[0], block.linears[3]) if cross else block.linears
         launches = max(2, len(linears) - 2)  # queries, keys and values are one kernel
         work = _matrices(linears, tokens, weights, "attention", split)
         yield Kernels("attention", work, launches, weights.compute)
-        core = _core(block, step, cache_bytes) * (1 / split)
+        core = _core(block, step, cache_bytes, each) * (1 / split)
         yield Kernels("attention_core", core, 1, _wide(weights))
     ffn = layer.ffn
     if isinstance(ffn, Dense):
@@ -115,35 +117,35 @@ def _layer(
         yield Kernels("dense_layers", work, 2, weights.compute)
         return
     router = _matrices(ffn.router, tokens, weights, "router", 1)
-    yield Kernels("router", router + elementwise(tokens, ffn.experts, 2), 2, _wide(weights))
+    yield Kernels("router", router + elementwise(tokens, ffn.experts, 2, each), 2, _wide(weights))
     if ffn.shared:
         work = _matrices(ffn.shared, tokens, weights, "shared_experts", split)
         yield Kernels("shared_experts", work, 2, weights.compute)
 
 
-def _core(block: Attention, step: Step, cache_bytes: float) -> Work:
+def _core(block: Attention, step: Step, cache_bytes: float, each: int) -> Work:
     context = step.context
     width = block.heads * max(block.qk_dim, block.v_dim)
     if step.phase == "decode":
         read = block.cache_elements(context) * cache_bytes
         if block.kind == "linear":
             read *= 2  # the state is read and written
-        return attention(block.flops(context), read, 1, width) * step.sequences
+        return attention(block.flops(context), read, 1, width, each) * step.sequences
     written = block.cache_elements(context) * cache_bytes
-    keys = context * block.kv_heads * (block.qk_dim + block.v_dim) * 2.0
-    work = attention(block.prefill_flops(context), written, context, width) + Work(activations=keys)
+    keys = float(context * block.kv_heads * (block.qk_dim + block.v_dim) * each)
+    work = attention(block.prefill_flops(context), written, context, width, each) + Work(activations=keys)
     return work * step.sequences
 
 
 def expert_work(moe: MoE, rows: float, used: float, weights: WeightFormat) -> Work:
     """The routed experts' matrices for ``rows`` choices that fall on ``used`` experts of one GPU."""
     shapes = tuple((m.inputs, m.outputs) for m in moe.expert)
-    return grouped_matmul(rows, used, shapes, weights.bits_of("routed_experts"))
+    return grouped_matmul(rows, used, shapes, weights.bits_of("routed_experts"), weights.activation_bytes)
 
 
-def movement_work(arch: Architecture, tokens: float, rows: float) -> Work:
+def movement_work(arch: Architecture, tokens: float, rows: float, weights: WeightFormat) -> Work:
     """Bringing tokens to their experts' rows and adding the results up again."""
-    return elementwise(tokens, arch.hidden, 2) + elementwise(rows, arch.hidden, 2)
+    return elementwise(tokens + rows, arch.hidden, 2, weights.activation_bytes)
 
 
 EXPERT_LAUNCHES = 4
@@ -164,7 +166,7 @@ def expert_kernels(
         chances = popularity or Popularity.uniform(moe.experts, moe.top_k)
         rows = step.tokens * moe.top_k
         work = expert_work(moe, rows, chances.touched(step.tokens), weights)
-        work += movement_work(arch, step.tokens, rows)
+        work += movement_work(arch, step.tokens, rows, weights)
         yield Kernels("routed_experts", work, EXPERT_LAUNCHES, weights.compute, count)
 
 

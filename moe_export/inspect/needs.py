@@ -18,14 +18,19 @@ CACHE_FORMATS = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "float8": 1.0}
 
 @dataclass(frozen=True)
 class Workload:
-    """``batch`` sequences of ``context`` tokens, weights and cache in these formats."""
+    """``batch`` sequences of ``context`` tokens, weights and cache in these formats.
+
+    The cache is as wide as activations unless told otherwise: float32 beside float32 weights, else bfloat16.
+    """
 
     weights: WeightFormat
-    cache: str = "bfloat16"
+    cache: str = ""
     context: int = DEFAULT_CONTEXT
     batch: int = 1
 
     def __post_init__(self) -> None:
+        if not self.cache:
+            object.__setattr__(self, "cache", "float32" if self.weights.compute == "float32" else "bfloat16")
         for name in ("context", "batch"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; expected 1 or more")

@@ -74,13 +74,13 @@ def inspect_path(
     context: int | None = None,
     batch: int = 1,
     weights: str | None = None,
-    cache: str = "bfloat16",
+    cache: str = "",
 ) -> ModelSummary:
     """Summary of a bundle, a config (file or Hugging Face folder), ``file.py:function`` or a preset's name.
 
     A path that exists wins over a preset. The needs are those of ``batch`` sequences of ``context`` tokens
     (default: 4096, or the model's maximum if that is less) with the weights in the format ``weights``
-    (default: as published) and the cache in ``cache``.
+    (default: as published) and the cache in ``cache`` (default: as wide as activations).
 
     Raises:
         SourceError: nothing there that could be a model; the message says what was looked for.

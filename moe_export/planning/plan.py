@@ -164,7 +164,7 @@ def make_plan(
     context: int,
     batch: int,
     weights: WeightFormat,
-    cache: str = "bfloat16",
+    cache: str = "",
     routing: Routing | None = None,
     mode: str | None = None,
     assumptions: Assumptions | None = None,

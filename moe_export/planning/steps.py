@@ -18,7 +18,6 @@ from moe_export.costs import (
     rank_loads,
     sample_counts,
 )
-from moe_export.costs.work import ACTIVATION_BYTES
 from moe_export.inspect.architecture import Architecture, MoE
 from moe_export.inspect.model_costs import (
     EXPERT_LAUNCHES,
@@ -107,12 +106,15 @@ def predict_step(
         total += slowest * count
         parts["routed_experts"] += slowest.seconds * count
         mean += average * count
-        time, size = _exchange(arch, layout, tokens, rows, machine)
+        time, size = _exchange(layout, tokens, rows, arch.hidden * load.weights.activation_bytes, machine)
         total += time * count
         sent += size * count
     if layout.mode == "tensor":
         one = all_reduce(
-            step.tokens * arch.hidden * ACTIVATION_BYTES, layout.ranks, machine.gpu, machine.assumptions
+            step.tokens * arch.hidden * load.weights.activation_bytes,
+            layout.ranks,
+            machine.gpu,
+            machine.assumptions,
         )
         blocks = sum((len(layer.attentions) + 1) * n for layer, n in active_layers(arch, phase).items())
         total += one.time * blocks
@@ -150,9 +152,9 @@ def _experts(
 
     ranks = layout.ranks
     rows, used = rank_loads(sample_counts(popularity, tokens, routing.samples), ranks)
-    per_row = expert_work(moe, 1, 0, load.weights) + movement_work(arch, 0, 1)
+    per_row = expert_work(moe, 1, 0, load.weights) + movement_work(arch, 0, 1, load.weights)
     per_expert = expert_work(moe, 0, 1, load.weights)
-    fixed = movement_work(arch, step.tokens, 0)
+    fixed = movement_work(arch, step.tokens, 0, load.weights)
     gpu, assumptions = machine.gpu, machine.assumptions
     arithmetic = rows * per_row.flops / (gpu.peak(load.weights.compute) * assumptions.compute)
     traffic = (rows * per_row.bytes + used * per_expert.bytes + fixed.bytes) / (
@@ -173,11 +175,8 @@ def _experts(
     return time, float(seconds.mean()) + overhead, float(rows.max(axis=1).mean())
 
 
-def _exchange(
-    arch: Architecture, layout: Layout, tokens: float, rows: float, machine: Machine
-) -> tuple[Time, float]:
-    """Exchange of one MoE layer: time, and bytes that one rank sends."""
-    width = arch.hidden * ACTIVATION_BYTES
+def _exchange(layout: Layout, tokens: float, rows: float, width: int, machine: Machine) -> tuple[Time, float]:
+    """Exchange of one MoE layer, ``width`` bytes per token: time, and bytes that one rank sends."""
     if layout.mode == "allreduce":
         one = all_reduce(tokens * width, layout.ranks, machine.gpu, machine.assumptions)
         return one.time, one.bytes

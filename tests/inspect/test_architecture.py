@@ -202,6 +202,14 @@ def test_a_config_file_is_enough_and_a_path_wins_over_a_preset(
         describe(tmp_path / "empty")
 
 
+def test_weight_files_are_counted_and_not_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(VARIANTS["mixtral, window"]))
+    assert inspect_path(tmp_path).details == {}
+    for number in (1, 2):
+        (tmp_path / f"model-0000{number}-of-00002.safetensors").write_bytes(b"not a safetensors file")
+    assert inspect_path(tmp_path).details == {"weight_files": 2, "weight_bytes": 44}
+
+
 @pytest.mark.parametrize(
     ("config", "weights"),
     [

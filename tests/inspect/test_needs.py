@@ -165,6 +165,18 @@ def test_weights_by_format() -> None:
     assert sizes["int4"] < sizes["mxfp4"] < sizes["float8"] < sizes["int8"] < sizes["bfloat16"]
 
 
+def test_float32_has_wide_activations_and_a_wide_cache() -> None:
+    arch = get_preset("mixtral-8x7b").architecture
+    narrow, wide = Workload(BF16), Workload(weight_format("float32"))
+    assert (narrow.cache, wide.cache) == ("bfloat16", "float32")
+    assert Workload(weight_format("float32"), "bfloat16").cache == "bfloat16"
+    for phase in ("decode", "prefill"):
+        two, four = (needs(arch, load)["per_token"][phase] for load in (narrow, wide))
+        assert four["flops"] == two["flops"]
+        for part in ("bytes", "weight_bytes", "cache_bytes", "activation_bytes"):
+            assert four[part] == pytest.approx(2 * two[part])
+
+
 def test_gpus_by_brute_force() -> None:
     arch, load = get_preset("mixtral-8x7b").architecture, Workload(BF16, context=8192, batch=64)
     for gpu in GPUS.values():
