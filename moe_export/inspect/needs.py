@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,11 +102,19 @@ def rank_bytes(arch: Architecture, load: Workload, ranks: int, sequences: int) -
 
     Everything but the routed experts is on each; ``sequences`` is how many sequences' cache it keeps.
     """
-    counts = arch.parameters()
-    counts["routed_experts"] = sum(
-        -(-moe.experts // ranks) * moe.expert_parameters for moe in arch.moe_layers
-    )
-    return load.weights.bytes_of(counts) + sequences * sequence_bytes(arch, load)
+    return _sizes(arch, load)(ranks, sequences)
+
+
+def _sizes(arch: Architecture, load: Workload) -> Callable[[int, int], int]:
+    """:func:`rank_bytes` for any ranks and sequences, what does not depend on them counted once."""
+    counts, one = arch.parameters(), sequence_bytes(arch, load)
+    blocks = Counter((moe.experts, moe.expert_parameters) for moe in arch.moe_layers)
+
+    def size(ranks: int, sequences: int) -> int:
+        held = sum(-(-experts // ranks) * each * layers for (experts, each), layers in blocks.items())
+        return load.weights.bytes_of(counts | {"routed_experts": held}) + sequences * one
+
+    return size
 
 
 def gpus_needed(arch: Architecture, load: Workload, gpu: Gpu, assumptions: Assumptions) -> dict[str, Any]:
@@ -115,24 +124,20 @@ def gpus_needed(arch: Architecture, load: Workload, gpu: Gpu, assumptions: Assum
     divided, the rest on each GPU, sequences divided (``all_to_all``) or all on each (``all_reduce``); None
     where no number of GPUs is enough, with the ``reason``.
     """
-    room = gpu.memory * assumptions.usable_memory
+    room, size = gpu.memory * assumptions.usable_memory, _sizes(arch, load)
     total = load.weights.bytes_of(arch.parameters()) + load.batch * sequence_bytes(arch, load)
     facts: dict[str, Any] = {"gpu": gpu.name, "memory_bytes": int(gpu.memory), "split": -int(-total // room)}
     most = min((moe.experts for moe in arch.moe_layers), default=1)
     for mode in ("all_to_all", "all_reduce"):
         facts[f"expert_parallel_{mode}"] = next(
-            (
-                ranks
-                for ranks in range(1, most + 1)
-                if rank_bytes(arch, load, ranks, _share(load.batch, ranks, mode)) <= room
-            ),
+            (ranks for ranks in range(1, most + 1) if size(ranks, _share(load.batch, ranks, mode)) <= room),
             None,
         )
     if facts["expert_parallel_all_to_all"] is None:
         if not arch.moe_layers:
             facts["reason"] = "the model has no experts to divide"
         else:
-            least = rank_bytes(arch, load, most, _share(load.batch, most, "all_to_all"))
+            least = size(most, _share(load.batch, most, "all_to_all"))
             facts["reason"] = f"with {most} ranks each still holds {least / 1e9:.1f} GB"
     return facts
 
