@@ -101,9 +101,13 @@ def _imbalance(plan: Plan) -> str | None:
     for phase in ("decode", "prefill"):
         f = facts[phase]
         over = f"{f['over_uniform']:.2f} x" if "over_uniform" in f else "-"
-        rows.append((phase, time_text(f["seconds"]), time_text(f["waiting_s"]), over))
+        placed = time_text(f["placed_by_load_s"]) if "placed_by_load_s" in f else "-"
+        rows.append((phase, time_text(f["seconds"]), time_text(f["waiting_s"]), over, placed))
     title = f"{what} (busiest expert {routing['max_over_mean']:.2f} x the mean)"
-    return table((title, "time", "of it waiting for the busiest rank", "against uniform"), rows)
+    return table(
+        (title, "time", "of it waiting for the busiest rank", "against uniform", "experts placed by load"),
+        rows,
+    )
 
 
 def _comparison(plan: Plan) -> str:

@@ -75,6 +75,19 @@ class Popularity:
         """Load of the busiest expert over the mean: 1 = balanced."""
         return max(self.chances) * len(self.chances) / self.top_k if self.top_k else 0.0
 
+    def placed_by_load(self, ranks: int) -> Popularity:
+        """The same experts in another order: cut into ``ranks`` blocks, their loads are near even.
+
+        Greedy: the most popular expert first, each to the least loaded rank that has a place left.
+        """
+        experts = len(self.chances)
+        sizes = [(rank + 1) * experts // ranks - rank * experts // ranks for rank in range(ranks)]
+        blocks: list[list[float]] = [[] for _ in range(ranks)]
+        for chance in sorted(self.chances, reverse=True):
+            free = [rank for rank in range(ranks) if len(blocks[rank]) < sizes[rank]]
+            blocks[min(free, key=lambda rank: sum(blocks[rank]))].append(chance)
+        return Popularity(tuple(chance for block in blocks for chance in block))
+
     def touched(self, tokens: float) -> float:
         """Expected number of experts that at least one of ``tokens`` tokens chooses."""
         return sum(1 - (1 - chance) ** tokens for chance in self.chances)

@@ -94,6 +94,8 @@ class Plan:
     best: Option | None
     uniform: Option | None
     """The best option's layout with uniform routing, where the plan's routing is another."""
+    placed: Option | None
+    """The best option with experts placed by their load, where the routing is uneven and there are ranks."""
     dense: dict[str, Dense]
     sweep: tuple[Point, ...]
     verdict: tuple[str, ...]
@@ -153,6 +155,9 @@ class Plan:
             if even is not None:
                 facts[phase]["uniform_routing_s"] = even.time.seconds
                 facts[phase]["over_uniform"] = here.time.seconds / even.time.seconds
+            placed = None if self.placed is None else getattr(self.placed, phase)
+            if placed is not None:
+                facts[phase]["placed_by_load_s"] = placed.time.seconds
         return facts
 
 
@@ -188,9 +193,12 @@ def make_plan(
     routing = routing or uniform_routing(arch)
     options = tuple(_option(arch, layout, load, routing, machine) for layout in layouts(arch, gpus, modes))
     best = fastest(options)
-    uniform = None
+    uniform = placed = None
     if best is not None and routing.kind != "uniform":
         uniform = _option(arch, best.layout, load, uniform_routing(arch), machine)
+        if best.layout.ranks > 1:
+            even = routing.placed_by_load(best.layout.ranks)
+            placed = _option(arch, best.layout, load, even, machine)
     dense: dict[str, Dense] = {}
     if arch.moe_layers:
         none = Routing("uniform", ())
@@ -210,6 +218,7 @@ def make_plan(
         options=options,
         best=best,
         uniform=uniform,
+        placed=placed,
         dense=dense,
         sweep=sweep,
         verdict=verdict(arch, gpus, load, options, dense, sweep),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,12 @@ class Routing:
     layers: tuple[Popularity, ...]
     facts: tuple[tuple[str, Any], ...] = ()
 
-    @property
+    def placed_by_load(self, ranks: int) -> Routing:
+        """The same routing, every layer's experts placed on ``ranks`` so that their loads are near even."""
+        placed = {layer: layer.placed_by_load(ranks) for layer in set(self.layers)}
+        return replace(self, layers=tuple(placed[layer] for layer in self.layers))
+
+    @cached_property
     def samples(self) -> int:
         """Batches drawn per layer: fewer where the layers differ, as their mean counts."""
         return 32 if len(set(self.layers)) <= 2 else 8

@@ -194,6 +194,16 @@ def test_rank_loads_cut_experts_into_blocks() -> None:
         rank_loads(counts, 6)
 
 
+def test_placement_by_load_evens_ranks_out() -> None:
+    popularity = Popularity.from_counts([90, 80, 70, 60, 5, 5, 5, 5, 5], 100)
+    placed = popularity.placed_by_load(4)
+    assert sorted(placed.chances) == sorted(popularity.chances)
+    loads, before = (rank_loads(np.array([p.chances]) * 100, 4)[0][0] for p in (placed, popularity))
+    assert before.max() == pytest.approx(170)
+    assert loads.max() == pytest.approx(95)  # every rank has room for two, so the 90 gets a 5 too
+    assert Popularity.uniform(8, 2).placed_by_load(3) == Popularity.uniform(8, 2)
+
+
 def test_popularity_from_counts() -> None:
     assert Popularity.from_counts([4, 2, 2, 0], 4).chances == (1.0, 0.5, 0.5, 0.0)
     counts = sample_counts(Popularity.from_counts([4, 2, 2, 0], 4), 2, 100)

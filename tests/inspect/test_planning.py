@@ -200,6 +200,9 @@ def test_skew_costs_time_at_prefill() -> None:
     assert facts["prefill"]["waiting_s"] > 0
     assert facts["prefill"]["without_waiting_s"] < facts["prefill"]["seconds"]
     assert skewed.routing.to_dict()["max_over_mean"] > 2
+    assert facts["prefill"]["uniform_routing_s"] < facts["prefill"]["placed_by_load_s"]
+    assert facts["prefill"]["placed_by_load_s"] < 0.9 * facts["prefill"]["seconds"]
+    assert "placed_by_load_s" not in (even.imbalance() or {})["prefill"]
     flat = plan("qwen3-30b-a3b", gpus=8, routing=zipf_routing(arch, 0.0))
     assert flat.best is not None and flat.best.decode is not None and even.best.decode is not None
     assert flat.best.decode.time.seconds == pytest.approx(even.best.decode.time.seconds, rel=0.05)
