@@ -54,7 +54,7 @@ function(find_ort_headers result)
     set(code 1)
     if(Python3_Interpreter_FOUND)
       execute_process(
-        COMMAND "${Python3_EXECUTABLE}" "${CMAKE_CURRENT_SOURCE_DIR}/cmake/fetch_ort_headers.py" "${fetched}"
+        COMMAND "${Python3_EXECUTABLE}" "${CMAKE_CURRENT_FUNCTION_LIST_DIR}/fetch_ort_headers.py" "${fetched}"
         RESULT_VARIABLE code OUTPUT_VARIABLE output ERROR_VARIABLE output)
     endif()
     _ort_api_version("${fetched}" version)
@@ -62,7 +62,7 @@ function(find_ort_headers result)
       message(FATAL_ERROR "No ONNX Runtime C headers for the CPU plugin. Do one of these:\n"
         "  - give their folder:     ORT_INCLUDE_DIR=/path/to/include pip install .\n"
         "    (the release archives of ONNX Runtime hold them in include/)\n"
-        "  - install the package:   apt install libonnxruntime-dev (Debian 13, Ubuntu 24.10 or newer)\n"
+        "  - install the package:   apt install libonnxruntime-dev (Debian 13 or newer)\n"
         "  - let pip fetch them:    needs access to a package index; that failed with:\n${output}\n"
         "  - install without it:    MOE_EXPORT_CPU_PLUGIN=off pip install . (engines then run the ops' ONNX "
         "bodies)")
