@@ -182,6 +182,7 @@ def _write_engine(
             {
                 "expert_lowering": config.expert_lowering,
                 "expert_weights": config.expert_weights,
+                "quantize": config.quantize,
                 "threads": config.threads,
             },
         )
@@ -205,6 +206,7 @@ def _write_engine(
         notes=lowered.notes,
         cache=lowered.cache,
         rows_apart=lowered.rows_apart,
+        quantization=config.quantize if lowered.quantized_layers else None,
         text=text,
         parameters={k: int(v) for k, v in parameters.items() if v is not None},
     )

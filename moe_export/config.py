@@ -16,6 +16,7 @@ from moe_export.schema import DTYPES, TASKS
 
 TARGETS: tuple[str, ...] = ("onnxruntime", "portable")
 EXPERT_WEIGHTS: tuple[str, ...] = ("auto", "as-is", "packed")
+QUANTIZATIONS: tuple[str, ...] = ("int8", "int4")
 EXPERT_LOWERINGS: tuple[str, ...] = ("auto", "fused", "unrolled", "loop")
 OPSETS: tuple[int, ...] = (20, 21, 22, 24)
 DEFAULT_OPSET = 20
@@ -55,6 +56,8 @@ class BuildConfig:
     """How a layer's experts are lowered; ``auto`` chooses per layer and reports why."""
     expert_weights: str = "auto"
     """How the weights of fused experts lie in the bundle: as in the source, or packed for the CPU plugin."""
+    quantize: str | None = None
+    """Store expert weights in blocks of int8 or int4, of :data:`QUANTIZATIONS`; None = as floats."""
     tolerances: dict[str, float] = field(default_factory=dict)
     """Output name → largest error allowed there, in place of the dtype's default."""
     seed: int = 0
@@ -80,6 +83,13 @@ class BuildConfig:
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("expert_lowering", self.expert_lowering, EXPERT_LOWERINGS)
         _check_choice("expert_weights", self.expert_weights, EXPERT_WEIGHTS)
+        if self.quantize is not None:
+            _check_choice("quantize", self.quantize, QUANTIZATIONS)
+            if self.target != "onnxruntime":
+                raise UsageError(
+                    f"quantize: {self.quantize} needs target onnxruntime, whose QMoE op runs quantised "
+                    f"experts; target {self.target} has none"
+                )
         if self.task is not None:
             _check_choice("task", self.task, TASKS)
         _check_opset(self.opset)

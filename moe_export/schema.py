@@ -149,6 +149,8 @@ class Manifest:
     decisions: tuple[Decision, ...] = ()
     notes: tuple[str, ...] = ()
     text: TextInfo | None = None
+    quantization: str | None = None
+    """``int8`` or ``int4`` when experts of at least one layer are stored so; the decisions say which."""
     cache: Literal["growing", "shared"] = "growing"
     """``growing``: the graph writes past and new entries as a new tensor. ``shared``: a cache input and its
     output may be one buffer with room for more tokens, updated in place; the past's length is the mask's

@@ -29,6 +29,8 @@ class Lowered:
     notes: tuple[str, ...]
     cache: Literal["growing", "shared"]
     rows_apart: bool
+    quantized_layers: tuple[int, ...] = ()
+    """Indices of the MoE layers whose experts are quantised."""
 
 
 class Backend(ABC):
@@ -64,6 +66,7 @@ class Backend(ABC):
             tuple(context.notes),
             context.cache,
             context.rows_apart,
+            context.quantized,
         )
 
     def _options(self, options: Mapping[str, Any]) -> dict[str, Any]:

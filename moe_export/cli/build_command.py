@@ -15,7 +15,7 @@ from moe_export.cli.options import (
     quiet_option,
     trust_remote_code_option,
 )
-from moe_export.config import EXPERT_LOWERINGS, TARGETS, load_config_file, merge
+from moe_export.config import EXPERT_LOWERINGS, QUANTIZATIONS, TARGETS, load_config_file, merge
 from moe_export.schema import DTYPES, TASKS
 
 if TYPE_CHECKING:
@@ -37,6 +37,11 @@ if TYPE_CHECKING:
     "--expert-lowering", type=click.Choice(EXPERT_LOWERINGS),
     help="How experts are lowered: one MatMul each, a loop, or chosen per layer.  [default: auto]",
 )  # fmt: skip
+@click.option(
+    "--quantize",
+    type=click.Choice(QUANTIZATIONS),
+    help="Store expert weights in blocks of integers.  [default: floats]",
+)
 @click.option("--opset", type=int, help="ONNX opset.  [default: 20]")
 @click.option("--threads", type=click.IntRange(1), help="Threads of the engine.  [default: all cores]")
 @click.option("--seed", type=click.IntRange(0), help="Seed of every random input.  [default: 0]")

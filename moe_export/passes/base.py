@@ -32,6 +32,8 @@ class PassContext:
     rows_apart: bool = False
     fused: tuple[int, ...] = ()
     """Indices of the MoE layers whose experts are one ExpertMLP node."""
+    quantized: tuple[int, ...] = ()
+    """Indices of the MoE layers whose experts are quantised; none of the plain expert nodes are left."""
     float32_weights: frozenset[str] = frozenset()
     """Initializers that stay float32 where the others are stored in bfloat16."""
 

@@ -12,6 +12,7 @@ from .fuse_experts import FuseExperts
 from .library_fusions import LibraryFusions
 from .merge_reshapes import MergeReshapes
 from .mixed_norms import SplitMixedNorms
+from .quantize_experts import QuantizeExperts
 from .unroll_experts import UnrollExperts
 
 PIPELINES: dict[str, tuple[type[Pass], ...]] = {
@@ -23,6 +24,7 @@ PIPELINES: dict[str, tuple[type[Pass], ...]] = {
         SplitMixedNorms,
         CausalMasks,
         MergeReshapes,
+        QuantizeExperts,
         FuseExperts,
         UnrollExperts,
         BFloat16Weights,

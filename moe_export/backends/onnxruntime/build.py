@@ -9,7 +9,7 @@ from typing import Any
 from ...errors import EnvironmentLacksError
 from ...passes.base import PassContext
 from ..base import MODEL_FILE, Backend, write_onnx
-from .plugin import cpu_plugin_problem
+from .plugin import cpu_plugin_path, cpu_plugin_problem
 from .runner import create_session
 
 
@@ -29,7 +29,11 @@ class OnnxRuntimeBackend(Backend):
         problem = cpu_plugin_problem()
         if wanted == "fused" and problem:
             raise EnvironmentLacksError(f"expert_lowering fused needs the CPU plugin: {problem}")
-        return {**options, "fused_experts": wanted in ("auto", "fused") and not problem}
+        return {
+            **options,
+            "fused_experts": wanted in ("auto", "fused") and not problem,
+            "cpu_plugin": None if problem else cpu_plugin_path(),
+        }
 
     def _write(self, context: PassContext, folder: Path) -> None:
         write_onnx(context, folder)
