@@ -10,13 +10,15 @@ PLUGIN_SOURCES := $(shell find plugins -type f -not -name '*.pyc')
 # One compute thread per test process: JOBS processes share the cores.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: help venv demo test test-slow sanitize lint format docs clean
+.PHONY: help venv demo test test-slow sanitize cross-aarch64 lint format docs clean
 
 help:
 	@echo "make demo       build, verify, measure and run the shipped example model; prints where the report lies"
 	@echo "make test       all tests but the slow ones"
 	@echo "make test-slow  the slow tests"
+	@echo "make cross-aarch64  the CPU plugin built for aarch64, its kernels checked under qemu"
 	@echo "make sanitize   the CPU plugin's kernels under AddressSanitizer, UBSan and ThreadSanitizer"
+	@echo "make aarch64    the CPU plugin cross-compiled for 64-bit ARM and checked under qemu"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff fix and format"
 	@echo "make docs       write the generated pages of docs/"
@@ -44,6 +46,12 @@ test-slow: $(STAMP)
 
 sanitize: $(BIN)/python
 	tools/sanitize.sh $(VENV)
+
+cross-aarch64: $(BIN)/python
+	tools/cross_aarch64.sh $(VENV)
+
+aarch64:
+	tools/check_aarch64.sh
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
