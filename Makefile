@@ -18,7 +18,6 @@ help:
 	@echo "make test-slow  the slow tests"
 	@echo "make cross-aarch64  the CPU plugin built for aarch64, its kernels checked under qemu"
 	@echo "make sanitize   the CPU plugin's kernels under AddressSanitizer, UBSan and ThreadSanitizer"
-	@echo "make aarch64    the CPU plugin cross-compiled for 64-bit ARM and checked under qemu"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff fix and format"
 	@echo "make docs       write the generated pages of docs/"
@@ -49,9 +48,6 @@ sanitize: $(BIN)/python
 
 cross-aarch64: $(BIN)/python
 	tools/cross_aarch64.sh $(VENV)
-
-aarch64:
-	tools/check_aarch64.sh
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
