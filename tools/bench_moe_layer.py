@@ -9,8 +9,9 @@ reference. Every round also measures how fast this machine reads memory and mult
 the table says how much of that the plugin reaches.
 
 The JSON is a list of rows: shape, tokens, routing, contestant, dtype, threads, median_ms, low_ms, high_ms
-(quartiles over the rounds) and ratio_to_best_other: the median of the best other contestant over this one's
-(above 1: faster than all others; the plugin's two weight layouts do not count as each other's others).
+(quartiles over the rounds), ratio_to_best_other: the median of the best other contestant over this one's
+(above 1: faster than all others; the plugin's two weight layouts do not count as each other's others), and
+foreign_cores: how many cores other processes used meanwhile.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import numpy as np
 from moe_layer import SHAPES, Inputs, Layer
 from moe_layer_contestants import ALL, Contestants, LeftOut, Run, as_array, is_plugin
 
-from moe_export.bench.machine import usable_cores
+from moe_export.bench.machine import NOISY_CORES, LoadMeter, usable_cores
 
 ROUTINGS = ("uniform", "zipf", "one-hot")
 DTYPES = ("float32", "bfloat16")
@@ -63,6 +64,7 @@ class Row:
     low_ms: float
     high_ms: float
     ratio_to_best_other: float | None
+    foreign_cores: float | None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -108,14 +110,30 @@ def measure(
             print(f"  {name}: left out: {reason}", flush=True)
     samples: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs)
+    _wait_for_quiet(options.wait)
+    meter = LoadMeter(lambda: [os.getpid()])
+    window = meter.start()
     peaks.begin()
     for turn in range(options.rounds):
         peaks.measure()
         for name in order[turn % max(len(order), 1) :] + order[: turn % max(len(order), 1)]:
             samples[name].append(_turn(runs[name]))
-    rows = _rows(samples, layer, tokens, routing, options.threads)
+    meter.stop(window)
+    rows = _rows(samples, layer, tokens, routing, options.threads, meter.foreign_cores)
     _print_table(rows, layer, inputs, peaks)
     return rows
+
+
+def _wait_for_quiet(limit: float) -> None:
+    """Return when other processes have left the cores alone for a moment, or after ``limit`` seconds."""
+    deadline = time.monotonic() + limit
+    while time.monotonic() < deadline:
+        meter = LoadMeter(lambda: [os.getpid()])
+        window = meter.start()
+        time.sleep(1.0)
+        meter.stop(window)
+        if (meter.foreign_cores or 0.0) < NOISY_CORES / 2:
+            return
 
 
 def _checked(name: str, run: Run, inputs: Inputs, dtype: str) -> Run:
@@ -197,7 +215,12 @@ class Peaks:
 
 
 def _rows(
-    samples: dict[str, list[float]], layer: Layer, tokens: int, routing: str, threads: int
+    samples: dict[str, list[float]],
+    layer: Layer,
+    tokens: int,
+    routing: str,
+    threads: int,
+    foreign_cores: float | None,
 ) -> list[Row]:
     median = {name: statistics.median(times) for name, times in samples.items()}
     rows = []
@@ -220,6 +243,7 @@ def _rows(
                 round(low * 1e3, 4),
                 round(high * 1e3, 4),
                 round(min(others) / median[name], 3) if others else None,
+                foreign_cores,
             )
         )
     return rows
@@ -239,6 +263,9 @@ def _print_table(rows: list[Row], layer: Layer, inputs: Inputs, peaks: Peaks) ->
             f"{nbytes / seconds / 1e9:>8.1f}{flops / seconds / 1e9:>9.1f}"
         )
     print(f"  this machine meanwhile: reads {peaks.read:.1f} GB/s, SGEMM {peaks.sgemm:.0f} GFLOP/s")
+    if rows and rows[0].foreign_cores is not None:
+        noisy = ": too much, repeat this" if rows[0].foreign_cores > NOISY_CORES else ""
+        print(f"  other processes used {rows[0].foreign_cores:.2f} cores{noisy}")
     for row in rows:
         if is_plugin(row.contestant):
             seconds = row.median_ms / 1e3
@@ -277,6 +304,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32, bfloat16 for shape C")
     parser.add_argument("--contestants", type=several(ALL), default=list(ALL))
     parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--wait", type=float, default=0.0, help="seconds to wait for a quiet machine at most")
     parser.add_argument("--json", help="write the rows to this file")
     parser.add_argument("--folder", default=os.environ.get("TMPDIR"), help="for the ONNX models")
     options = parser.parse_args(arguments)
