@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import onnx
@@ -86,3 +86,19 @@ def extract(
     )
     piece.functions.extend(ir.to_proto(f) for f in model.functions.values())
     return piece
+
+
+def session_of(piece: onnx.ModelProto, threads: int | None = 1, plugin: object = None) -> Any:
+    """An ONNX Runtime session over a piece, which logs nothing.
+
+    ``threads`` None: all cores. ``plugin``: library whose kernels run our ops; None: their bodies run.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    if threads:
+        options.intra_op_num_threads = threads
+    if plugin:
+        options.register_custom_ops_library(str(plugin))
+    return ort.InferenceSession(piece.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..graph.subgraph import ancestors, extract
+from ..graph.subgraph import ancestors, extract, session_of
 from ..ops.expert_mlp import ACTIVATIONS, LAYOUTS, activate
 from .router_proof import constants
 
@@ -101,13 +101,8 @@ def _probe(width: int, numbers: Sequence[float]) -> NDArray[np.float64]:
 
 def _run(piece: Any, source: str, target: str, probe: NDArray[Any]) -> NDArray[np.float64]:
     import numpy as np
-    import onnxruntime as ort
 
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
-    session = ort.InferenceSession(piece.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    (got,) = session.run([target], {source: probe})
+    (got,) = session_of(piece).run([target], {source: probe})
     return np.asarray(got, np.float64)
 
 

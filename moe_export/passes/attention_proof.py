@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..graph.subgraph import ancestors, extract
+from ..graph.subgraph import ancestors, extract, session_of
 from ..schema import ModelIO
 from .base import PassContext
 
@@ -92,12 +92,7 @@ Run = Callable[[dict[str, Any]], "list[NDArray[Any]]"]
 
 
 def _session(proto: onnx.ModelProto) -> Run:
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
-    session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = session_of(proto)
     return lambda feed: session.run(None, feed)
 
 

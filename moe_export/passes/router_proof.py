@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..graph.subgraph import session_of
 from ..ops import DOMAIN, OPS, VERSION
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ def nodes_runner(
 
         try:
             if not session:
-                session.append(_session(piece))
+                session.append(session_of(piece))
             full = {str(logits.name): feed["logits"]}
             if bias is not None:
                 assert bias.const_value is not None
@@ -192,7 +193,7 @@ def nodes_runner(
 
 def op_runner(attributes: dict[str, Any], opset: int, dtype: str) -> Runner:
     """Runs the Router op's body with ``attributes``, on logits of ``dtype``."""
-    session = _session(_router_model(attributes, opset, dtype))
+    session = session_of(_router_model(attributes, opset, dtype))
 
     def run(feed: dict[str, Any]) -> Routing:
         full = {"logits": feed["logits"]}
@@ -202,15 +203,6 @@ def op_runner(attributes: dict[str, Any], opset: int, dtype: str) -> Runner:
         return ids, weights
 
     return run
-
-
-def _session(model: onnx.ModelProto) -> Any:
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def _router_model(attributes: dict[str, Any], opset: int, dtype: str) -> onnx.ModelProto:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError, choices_text
+from ..graph.subgraph import session_of
 from ..ops import DOMAIN, OPS, VERSION
 from ..schema import Alternative, Decision
 from .base import Pass, PassContext
@@ -50,7 +51,7 @@ class UnrollExperts(Pass):
         wanted = str(context.options.get("expert_lowering", "auto"))
         if wanted not in LOWERINGS:
             raise UsageError(f"expert_lowering: unknown value {wanted!r}; {choices_text(wanted, LOWERINGS)}")
-        threads = context.options.get("threads")
+        threads, plugin = context.options.get("threads"), context.options.get("cpu_plugin")
         top_k = {layer.name: layer.top_k for layer in context.layers}
         nodes = [n for n in graph if n.domain == DOMAIN and n.op_type == "GroupedMatMul"]
         total = sum(_experts(n) for n in nodes)
@@ -61,7 +62,7 @@ class UnrollExperts(Pass):
             assert weight is not None
             kind = _kind(node, top_k.get(layer, 1))
             if kind not in verdicts:
-                verdicts[kind] = _decide(kind, wanted, total, context.opset, threads)
+                verdicts[kind] = _decide(kind, wanted, total, context.opset, threads, plugin)
             verdict = verdicts[kind]
             subject = f"{layer}: experts {kind.experts} x [{kind.rows}, {kind.columns}]"
             if verdict.choice == "unrolled" and weight.const_value is None:
@@ -110,7 +111,9 @@ def _may_drop(node: ir.Node) -> bool:
     return dispatch is None or bool(dispatch.attributes["drops"].as_int())
 
 
-def _decide(kind: _Kind, wanted: str, total: int, opset: int, threads: int | None) -> Decision:
+def _decide(
+    kind: _Kind, wanted: str, total: int, opset: int, threads: int | None, plugin: object
+) -> Decision:
     if wanted in ("unrolled", "loop"):
         return Decision("", wanted, f"asked for by expert_lowering = {wanted}")
     if total > NODE_LIMIT:
@@ -129,36 +132,27 @@ def _decide(kind: _Kind, wanted: str, total: int, opset: int, threads: int | Non
             "the loop copies each used expert's matrix before it multiplies",
             (Alternative("loop", "copies each used expert's matrix"),),
         )
-    times = _measure(kind, opset, threads)
+    times = _measure(kind, opset, threads, plugin)
     score = {form: statistics.geometric_mean(list(t.values())) for form, t in times.items()}
     best = min(score, key=lambda form: score[form])
     other = "loop" if best == "unrolled" else "unrolled"
+    loop = "one kernel of the CPU plugin" if plugin else "the op's body"
     return Decision(
         "",
         best,
         f"faster here over {' and '.join(str(t) for t in TOKENS)} tokens "
-        f"({score[other] / score[best]:.2f} times, geometric mean)",
+        f"({score[other] / score[best]:.2f} times, geometric mean; the loop is {loop})",
         (Alternative(other, "slower here", times[other]),),
         times[best],
     )
 
 
-def _measure(kind: _Kind, opset: int, threads: int | None) -> dict[str, dict[str, float]]:
+def _measure(kind: _Kind, opset: int, threads: int | None, plugin: object) -> dict[str, dict[str, float]]:
     """Milliseconds (median of interleaved runs) of both forms for each number of tokens."""
     import numpy as np
-    import onnxruntime as ort
 
     rng = np.random.default_rng(0)
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    if threads:
-        options.intra_op_num_threads = threads
-    sessions = {
-        form: ort.InferenceSession(
-            _probe(kind, form, opset).SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-        for form in ("unrolled", "loop")
-    }
+    sessions = {form: session_of(_probe(kind, form, opset), threads, plugin) for form in ("unrolled", "loop")}
     out: dict[str, dict[str, float]] = {form: {} for form in sessions}
     for tokens in TOKENS:
         ids = np.stack([rng.permutation(kind.experts)[: kind.top_k] for _ in range(tokens)]).astype(np.int32)

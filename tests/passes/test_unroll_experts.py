@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from moe_export.backends.onnxruntime.plugin import cpu_plugin_path
 from moe_export.errors import UsageError
 from moe_export.passes import unroll_experts
 from moe_export.passes.base import PassContext
@@ -113,8 +114,11 @@ def test_the_body_is_dropped_with_its_last_use() -> None:
     assert "up_0" not in stacked and "up_0.7" in stacked
 
 
-def test_measured_choice_reports_both_forms() -> None:
+@pytest.mark.parametrize("plugin", [False, True])
+def test_measured_choice_reports_both_forms(plugin: bool) -> None:
+    """The loop is timed as it would run: by the CPU plugin's kernel where that is installed."""
     context = one_layer()
+    context.options = {"cpu_plugin": cpu_plugin_path() if plugin else None}
     UnrollExperts().apply(context)
     up, down = context.decisions
     assert up.subject == f"layer0: experts {EXPERTS} x [{HIDDEN}, {INNER}]"
@@ -122,8 +126,12 @@ def test_measured_choice_reports_both_forms() -> None:
     for decision in (up, down):
         (other,) = decision.alternatives
         assert {decision.choice, other.choice} == {"unrolled", "loop"}
+        loop = "one kernel of the CPU plugin" if plugin else "the op's body"
         assert re.fullmatch(
-            r"faster here over 1 and 64 tokens \(\d+\.\d\d times, geometric mean\)", decision.reason
+            r"faster here over 1 and 64 tokens \(\d+\.\d\d times, geometric mean; the loop is "
+            + re.escape(loop)
+            + r"\)",
+            decision.reason,
         )
         for measured in (decision.measured_ms, other.measured_ms):
             assert set(measured) == {"T=1", "T=64"} and all(ms > 0 for ms in measured.values())
@@ -166,7 +174,7 @@ def test_large_layers_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_float16_is_timed_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
 
-    def measure(kind: Any, _opset: int, _threads: int | None) -> dict[str, dict[str, float]]:
+    def measure(kind: Any, *_options: Any) -> dict[str, dict[str, float]]:
         seen.append(kind.dtype)
         return {"unrolled": {"T=1": 1.0}, "loop": {"T=1": 2.0}}
 
@@ -180,7 +188,7 @@ def test_float16_is_timed_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_probes_of_both_dtypes_run(dtype: str) -> None:
     kind = unroll_experts._Kind(4, 3, 5, False, 2, dtype)
-    times = unroll_experts._measure(kind, 20, 1)
+    times = unroll_experts._measure(kind, 20, 1, None)
     assert set(times) == {"unrolled", "loop"}
 
 
@@ -252,7 +260,7 @@ def test_a_weight_used_as_it_is_and_transposed() -> None:
 def test_top_k_of_the_layer_reaches_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
 
-    def measure(kind: Any, _opset: int, _threads: int | None) -> dict[str, dict[str, float]]:
+    def measure(kind: Any, *_options: Any) -> dict[str, dict[str, float]]:
         seen.append(kind.top_k)
         return {"unrolled": {"T=1": 1.0}, "loop": {"T=1": 2.0}}
 
