@@ -34,6 +34,7 @@ PATCHES: dict[str, str] = {
     "minimax": "minimax",
     "minimax_m3_vl": "minimax_m3_vl",
     "nemotron_h": "mamba",
+    "phimoe": "phimoe",
     "qwen3_5_moe": "delta_rule",
     "qwen3_next": "delta_rule",
     "qwen4_exp": "delta_rule",
