@@ -1,4 +1,4 @@
-"""PhiMoE: the scale of its long RoPE chosen by a tensor operation, not by a branch on the largest position."""
+"""PhiMoE: the scale of its long RoPE chosen by a tensor operation, not a branch on the largest position."""
 
 from __future__ import annotations
 
