@@ -58,10 +58,15 @@ template <int kRows, typename T, int kLines>
 void TileOf(const float* const* rows, const T* b0, const T* b1, int64_t stride, int64_t depth, float* c,
             bool accumulate, const char* ahead) {
   constexpr int kVectors = VectorsFor(kRows);
+  constexpr int kPasses = kTileColumns / (kVectors * kLanes);
+  // A share of the next block is spread over the passes; a tile's own panel is wanted whole in the first one.
+  constexpr bool kOwnPanel = kLines == 4 * kTileColumns * static_cast<int>(sizeof(T)) / 64;
+  constexpr int kLinesPerPass = kOwnPanel ? kLines : (kLines + kPasses - 1) / kPasses;
   const float* a[kRows];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) a[r] = rows[r];
-  for (int column = 0; column < kTileColumns; column += kVectors * kLanes) {
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const int column = pass * kVectors * kLanes;
     // A sub-tile lies in one half, or is the whole tile.
     const T* p0 = column < kHalfColumns ? b0 + column : b1 + (column - kHalfColumns);
     const T* p1 = b1;
@@ -76,14 +81,14 @@ void TileOf(const float* const* rows, const T* b0, const T* b1, int64_t stride, 
     }
     int64_t k = 0;
     for (; k + 4 <= depth; k += 4) {
-      if (column == 0) {
+      if (pass * kLinesPerPass < kLines) {
 #pragma GCC unroll 16
-        for (int line = 0; line < kLines; ++line) PrefetchAhead(ahead + line * 64);
-        ahead += kLines * 64;
+        for (int line = 0; line < kLinesPerPass; ++line) PrefetchAhead(ahead + line * 64);
+        ahead += kLinesPerPass * 64;
       }
 #pragma GCC unroll 4
       for (int u = 0; u < 4; ++u) {
-        if (kLines == static_cast<int>(Prefetch::kRowsAhead) && column == 0) PrefetchRow(p0, p1, stride);
+        if (kLines == static_cast<int>(Prefetch::kRowsAhead) && pass == 0) PrefetchRow(p0, p1, stride);
         Step<kRows, kVectors, T>(a, k + u, p0, p1, sum);
         p0 += stride;
         p1 += stride;
