@@ -81,7 +81,7 @@ def bench_bundle(
     threads = threads or default_threads()
     machine = describe_machine(threads)
     maker = InputMaker(manifest, opened.tokenizer_path, seed)
-    with Contest(manifest.dtype, progress) as contest:
+    with Contest(manifest.quantization or manifest.dtype, progress) as contest:
         for workload, reason in grid.left_out:
             contest.skip(ENGINE, reason, workload)
         check = Workload("decode" if manifest.io.cache_inputs else "forward", min(batch), CHECK_TOKENS)

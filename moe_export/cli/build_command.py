@@ -79,14 +79,34 @@ def command(
     return 0
 
 
+def _quantized(bundle: Bundle) -> Iterator[str]:
+    """What of the experts is quantised, and why the rest is not."""
+    chosen = [d for d in bundle.manifest.decisions if d.subject.endswith(": experts")]
+    kind = bundle.manifest.quantization
+    floats = [d for d in chosen if d.choice.startswith("not int")]
+    if kind is not None:
+        layers = len(bundle.manifest.moe_layers)
+        yield f"experts: {kind} in {layers - len(floats)} of {layers} layers"
+    if floats:
+        yield f"left in float: {len(floats)} layer(s), the first {floats[0].subject}: {floats[0].reason}"
+    yield from (note for note in bundle.manifest.notes if "was asked for, and" in note)
+
+
 def _evidence(bundle: Bundle) -> Iterator[str]:
     """What the build found out, in a line each; a bundle without evidence has none."""
+    yield from _quantized(bundle)
     parity, bench = (bundle.manifest.evidence.get(name) for name in ("parity", "bench"))
     if isinstance(parity, dict):
         error, routes = parity.get("relative_error"), parity.get("route_agreement")
+        forced, change = parity.get("forced_error"), parity.get("cross_entropy_change")
         words = [f"{parity.get('cases')} cases"]
-        words += [] if error is None else [f"largest relative error {error:.1e}"]
+        if parity.get("quantization") and forced is not None:
+            words.append(f"largest relative error with routing forced {forced:.1e}")
+        elif error is not None:
+            words.append(f"largest relative error {error:.1e}")
         words += [] if routes is None else [f"the same experts for {100 * routes:.2f} % of tokens"]
+        if parity.get("quantization") and change is not None:
+            words.append(f"cross-entropy on text changed by at most {change:.4f} nats")
         yield f"verified: {', '.join(words)}"
     if isinstance(bench, dict):
         for other, name in (("vs_eager", "PyTorch eager"), ("vs_best", "the fastest alternative")):

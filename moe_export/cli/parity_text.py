@@ -66,9 +66,13 @@ def _verdict(report: ParityReport) -> str:
         return f"NOT VERIFIED against {source}: {failed} of {summary['cases']} cases failed"
     error = summary["relative_error"]
     parts = [f"{summary['cases']} cases"]
-    if error is not None:
+    if summary["quantization"] is not None and summary["forced_error"] is not None:
+        parts.append(f"largest relative error with routing forced {summary['forced_error']:.1e}")
+    elif error is not None:
         parts.append(f"largest relative error {error:.1e}")
     if summary["route_agreement"] is not None:
         agreement = 100 * summary["route_agreement"]
         parts.append(f"the same experts for {agreement:.2f} % of {summary['routed_tokens']} routed tokens")
+    if summary["quantization"] is not None and summary["cross_entropy_change"] is not None:
+        parts.append(f"cross-entropy on text changed by at most {summary['cross_entropy_change']:.4f} nats")
     return f"verified against {source}: {', '.join(parts)}"

@@ -24,11 +24,12 @@ def _head(report: ParityReport) -> str:
     verdict = "PASSED" if report.passed else "FAILED"
     summary = report.summary()
     rows = [
-        ("engine", f"`{report.bundle}`, {report.target}, {report.dtype}"),
+        ("engine", f"`{report.bundle}`, {report.target}, {_format(report)}"),
         ("compared with", f"{report.against} `{report.source}`, source hash `{report.source_hash[:16]}`"),
         ("cases", f"{summary['cases']}, of them failed: {summary['failed_cases']}"),
         ("largest error", _number(summary["max_error"])),
         ("relative to the largest output", _number(summary["relative_error"])),
+        ("the same with routing forced", _number(summary["forced_error"])),
         (
             "same experts",
             _agreement(summary["route_agreement"], summary["routed_tokens"], summary["near_ties"]),
@@ -39,6 +40,10 @@ def _head(report: ParityReport) -> str:
         ("made", f"{report.created}, {report.seconds:.1f} s"),
     ]
     return f"# Parity: {verdict}\n\n" + _table(("", ""), rows)
+
+
+def _format(report: ParityReport) -> str:
+    return report.dtype if report.quantization is None else f"{report.dtype}, experts {report.quantization}"
 
 
 def _agreement(part: float | None, tokens: int, ties: int) -> str:

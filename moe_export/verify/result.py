@@ -135,6 +135,8 @@ class ParityReport:
     tools: dict[str, str] = field(default_factory=dict)
     created: str = ""
     seconds: float = 0.0
+    quantization: str | None = None
+    """``int8`` or ``int4``: how the engine stores its experts."""
     schema_version: int = REPORT_SCHEMA_VERSION
 
     def to_dict(self) -> dict[str, Any]:
@@ -168,8 +170,12 @@ class ParityReport:
 
         ``max_error`` and ``relative_error`` are of the model's outputs over the judged runs;
         ``route_agreement`` is the part of tokens, over layers and free runs, with the reference's expert
-        sets.
+        sets. ``forced_error`` is ``relative_error`` over the runs with the reference's routing replayed; None
+        where there was none. ``cross_entropy_change`` is the largest of the texts with enough positions to
+        be judged, or of all where none has.
         """
+        from .output_checks import MANY_TOKENS
+
         judged = [c for c in self.cases if not c.error]
         errors = [
             e
@@ -177,19 +183,30 @@ class ParityReport:
             for name, e in c.outputs.items()
             if any(k.level == name and k.judged for k in c.checks) and e.max_abs is not None
         ]
+        forced = [
+            e.relative
+            for c in judged
+            if c.mode == "forced"
+            for e in c.outputs.values()
+            if e.relative is not None
+        ]
         routing = [r.routing for c in judged if c.mode == "free" for r in c.layers if r.routing is not None]
         tokens = sum(r.tokens for r in routing)
         logits = [c.logits for c in judged if c.mode == "free" and c.logits is not None]
         kl = [v.kl_mean for v in logits if v.kl_mean is not None]
-        change = [abs(v.cross_entropy_change) for v in logits if v.cross_entropy_change is not None]
+        texts = [v for v in logits if v.cross_entropy_change is not None]
+        longer = [v for v in texts if v.tokens >= MANY_TOKENS] or texts
+        change = [abs(v.cross_entropy_change) for v in longer if v.cross_entropy_change is not None]
         return {
             "passed": self.passed,
             "against": self.against,
             "dtype": self.dtype,
+            "quantization": self.quantization,
             "cases": len(self.cases),
             "failed_cases": sum(not c.passed for c in self.cases),
             "max_error": max((e.max_abs for e in errors if e.max_abs is not None), default=None),
             "relative_error": max((e.relative for e in errors if e.relative is not None), default=None),
+            "forced_error": max(forced, default=None),
             "route_agreement": sum(r.same_sets for r in routing) / tokens if tokens else None,
             "routed_tokens": tokens,
             "near_ties": sum(r.near_ties for r in routing),

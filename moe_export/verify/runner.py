@@ -17,6 +17,7 @@ from .inputs import Case, make_cases
 from .judge import JudgedRun, judge, judge_plain
 from .localise import localise
 from .result import CaseResult, ParityReport
+from .route_agreement import agreement_findings
 from .tolerance import Tolerances, default_tolerances
 from .yardstick import Yardstick, find_yardstick
 
@@ -47,7 +48,7 @@ def verify_bundle(
             that the manifest records.
         trust: skip the bundle's hash check (and nothing else). force_routing: run every case once more with
         the reference's routing replayed. Done anyway for low-precision
-            engines, and where a near tie flipped or routing is wrong.
+            engines, for those with quantised experts, and where a near tie flipped or routing is wrong.
         tolerances: limits by name in place of the dtype's defaults; see ``docs/parity.md``.
         text: replaces the default texts; needs a tokenizer in the bundle.
         seed: of the random inputs; case *i* uses ``seed + i``.
@@ -92,7 +93,9 @@ class _Verification:
         self.manifest = session.manifest
         self.seed, self.progress = seed, progress
         outputs = [t.name for t in self.manifest.io.outputs if t.role != "cache"]
-        self.tolerances: Tolerances = default_tolerances(self.manifest.dtype, outputs, tolerances)
+        self.tolerances: Tolerances = default_tolerances(
+            self.manifest.dtype, outputs, tolerances, self.manifest.quantization
+        )
         self.engine = EngineRuns(session)
         self.yardstick: Yardstick = find_yardstick(against, self.manifest)
         self.cases, self.notes = self._cases(session, text)
@@ -128,7 +131,11 @@ class _Verification:
                 advance(1)
         if golden is not None:
             self._save(golden, references)
-        findings = (*localise(self.runs, self.failed, self.tolerances), *self.coverage.findings())
+        findings = (
+            *localise(self.runs, self.failed, self.tolerances),
+            *self.coverage.findings(),
+            *agreement_findings(self.results, self.tolerances),
+        )
         passed = bool(self.results) and all(r.passed for r in self.results) and not findings
         from ..bundle.tools import tool_versions
 
@@ -141,6 +148,7 @@ class _Verification:
             task=self.manifest.task,
             target=self.manifest.target,
             dtype=self.manifest.dtype,
+            quantization=self.manifest.quantization,
             seed=self.seed,
             force_routing=force_routing,
             tolerances=tuple(self.tolerances.limits.values()),
