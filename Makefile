@@ -43,7 +43,7 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(PYTEST) -m slow
 
-sanitize: $(BIN)/python
+sanitize: $(STAMP)
 	tools/sanitize.sh $(VENV)
 
 cross-aarch64: $(BIN)/python
