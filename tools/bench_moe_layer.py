@@ -45,7 +45,7 @@ PAUSE_SECONDS = 0.005
 """Between turns: the last contestant's idle threads stop spinning."""
 QUIET_SWITCHES = 60.0
 """Involuntary context switches per second up to which a turn counts as undisturbed."""
-TRIES = 4
+TRIES = 10
 SLOW_SECONDS = 20.0
 """A contestant whose second call takes longer is left out."""
 READ_BYTES = 512 * 2**20
