@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ..errors import UsageError
 from .coverage import Coverage
 from .engine_runs import EngineRuns
+from .expert_errors import ExpertErrors
 from .golden import check_golden_target, save_golden
 from .inputs import Case, make_cases
 from .judge import JudgedRun, judge, judge_plain
@@ -103,6 +104,7 @@ class _Verification:
         self.results: list[CaseResult] = []
         self.failed: list[CaseResult] = []
         self.coverage = Coverage(self.manifest)
+        self.expert_errors = ExpertErrors(self.manifest)
 
     def _cases(self, session: Session, text: str | None) -> tuple[list[Case], list[str]]:
         given = self.yardstick.cases(self.manifest)
@@ -135,6 +137,7 @@ class _Verification:
             *localise(self.runs, self.failed, self.tolerances),
             *self.coverage.findings(),
             *agreement_findings(self.results, self.tolerances),
+            *self.expert_errors.findings(self.tolerances),
         )
         passed = bool(self.results) and all(r.passed for r in self.results) and not findings
         from ..bundle.tools import tool_versions
@@ -195,6 +198,7 @@ class _Verification:
         if plain is not None:
             run = judge_plain(run, plain, reference, self.manifest, self.tolerances)
         self.coverage.add(run)
+        self.expert_errors.add(run)
         self.results.append(run.result)
         self.runs.append(run.light() if run.result.passed else run)
         return run

@@ -27,11 +27,12 @@ LEVELS: dict[str, str] = {
     "logits.cross_entropy": "change of cross-entropy on text, in nats per token, up or down",
 }
 """Every level besides the outputs and what its number means."""
-AGREEMENT = "moe.agreement"
-"""The level that only engines with quantised experts have."""
-_AGREEMENT = (
-    "part of tokens of a layer with other experts than the source, near ties included, over all cases"
-)
+AGREEMENT, EXPERT = "moe.agreement", "moe.expert"
+QUANTIZED_LEVELS: dict[str, str] = {
+    AGREEMENT: "part of a layer's tokens with other experts than the source, near ties included, all cases",
+    EXPERT: "error of an expert's tokens with routing forced, relative to the median expert's, all cases",
+}
+"""Levels that only engines with quantised experts have."""
 
 _OUTPUT = "largest error of an element, relative to max(1, |reference| max)"
 _OUTPUT_RMS = "root mean square error, relative to max(1, |reference| max)"
@@ -103,6 +104,7 @@ _QUANTIZED: dict[str, dict[str, float]] = {
         "moe.weights.rms": 2e-2,
         "moe.routing": 0.01,
         AGREEMENT: 0.01,
+        EXPERT: 2.0,
         "moe.near_tie": 3e-2,
         "logits.kl": 2e-3,
         "logits.top1": 0.02,
@@ -118,6 +120,7 @@ _QUANTIZED: dict[str, dict[str, float]] = {
         "moe.weights.rms": 1.5e-1,
         "moe.routing": 0.05,
         AGREEMENT: 0.08,
+        EXPERT: 2.0,
         "moe.near_tie": 1.5e-1,
         "logits.kl": 4e-2,
         "logits.top1": 0.05,
@@ -131,6 +134,10 @@ _WHY_QUANTIZED = {
     "int4": "weights in blocks of 32 are off by 8.6 % (root mean square), a layer's output by 11 %; "
     "the limits are two to four times what the shipped model measures",
 }
+_EVEN_EXPERTS = (
+    "rounding is as large in one expert as in another: at most 1.2 times the median's on the shipped model, "
+    "and 2.4 times with one expert's scales halved"
+)
 _DRIFT = "rounding of the experts below moves a layer's input, and with it choices between near experts"
 
 FEW_TOKENS = 16
@@ -188,7 +195,7 @@ def default_tolerances(
     """Limits for an engine of ``dtype`` with these output names; ``overrides`` replaces single values.
 
     Names: an output (``logits``), ``<output>.rms``, or a level of :data:`LEVELS`; with ``quantization``
-    (``int8``, ``int4``) :data:`AGREEMENT`, too.
+    (``int8``, ``int4``) those of :data:`QUANTIZED_LEVELS`, too.
 
     Raises:
         UsageError: unknown name, dtype or quantisation, or a value that is not a finite number of 0 or more.
@@ -200,7 +207,7 @@ def default_tolerances(
             f"no tolerances for quantisation {quantization!r}; {choices_text(quantization, _QUANTIZED)}"
         )
     values, why = _values(dtype, quantization), _why(dtype, quantization)
-    levels = LEVELS if quantization is None else {**LEVELS, AGREEMENT: _AGREEMENT}
+    levels = LEVELS if quantization is None else {**LEVELS, **QUANTIZED_LEVELS}
     limits: dict[str, Limit] = {}
     for output in outputs:
         limits[output] = Limit(output, values["output"], _OUTPUT, why)
@@ -233,6 +240,8 @@ def _why(dtype: str, quantization: str | None) -> str:
 def _reason(name: str, dtype: str, quantization: str | None) -> str:
     if quantization is not None and name in ("moe.routing", AGREEMENT):
         return _DRIFT
+    if name == EXPERT:
+        return _EVEN_EXPERTS
     if name == "moe.routing":
         return _EXACT if dtype == "float32" else _FLIPS
     return _EVEN if name == "moe.outlier" else _why(dtype, quantization)
