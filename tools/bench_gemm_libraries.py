@@ -78,29 +78,28 @@ def openblas(layer: Layer) -> Group:
 
 
 def onnxruntime(layer: Layer, threads: int) -> Group:
-    """MatMul of ONNX Runtime (MLAS), weights packed at load."""
+    """MatMul of ONNX Runtime (MLAS), weights packed at load. One session per expert."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    session = ort.InferenceSession(_matmuls(layer), options, providers=["CPUExecutionProvider"])
-    only_this = ort.RunOptions()
-    only_this.only_execute_path_to_fetches = True
+    # The threads of the session before do not spin while this one works.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    sessions = [
+        ort.InferenceSession(_matmuls(layer, e), options, providers=["CPUExecutionProvider"])
+        for e in range(layer.shape.experts)
+    ]
+    return lambda rows, expert: sessions[expert].run(None, {"rows": rows})[0]
 
-    def run(rows: Array, expert: int) -> Any:
-        return session.run([f"out_{expert}"], {"rows": rows}, only_this)[0]
 
-    return run
-
-
-def _matmuls(layer: Layer) -> bytes:
-    """A model with the two products of every expert, one output for each."""
+def _matmuls(layer: Layer, expert: int) -> bytes:
+    """A model with the two products of one expert."""
     import onnx_ir as ir
 
     s = layer.shape
     float_type = ir.TensorType(ir.DataType.FLOAT)
     rows = ir.Value(name="rows", shape=ir.Shape(["rows", s.hidden]), type=float_type)
-    nodes, outputs, weights = [], [], []
+    weights = []
 
     def constant(name: str, array: Array) -> ir.Value:
         tensor = ir.tensor(np.ascontiguousarray(array), name=name)
@@ -111,17 +110,13 @@ def _matmuls(layer: Layer) -> bytes:
         return value
 
     cut = [constant(n, np.asarray([v])) for n, v in (("zero", 0), ("end", s.intermediate), ("axis", 1))]
-    for e in range(s.experts):
-        inner = ir.node("MatMul", [rows, constant(f"up_{e}", layer.up[e].T)])
-        part = ir.node("Slice", [inner.outputs[0], *cut])
-        outer = ir.node("MatMul", [part.outputs[0], constant(f"down_{e}", layer.down[e].T)])
-        out = outer.outputs[0]
-        out.name, out.type, out.shape = f"out_{e}", float_type, ir.Shape(["rows", s.hidden])
-        nodes += [inner, part, outer]
-        outputs.append(out)
-    graph = ir.Graph(
-        [rows], outputs, nodes=nodes, initializers=weights, name="matmuls", opset_imports={"": 22}
-    )
+    inner = ir.node("MatMul", [rows, constant("up", layer.up[expert].T)])
+    part = ir.node("Slice", [inner.outputs[0], *cut])
+    outer = ir.node("MatMul", [part.outputs[0], constant("down", layer.down[expert].T)])
+    out = outer.outputs[0]
+    out.name, out.type, out.shape = "out", float_type, ir.Shape(["rows", s.hidden])
+    nodes = [inner, part, outer]
+    graph = ir.Graph([rows], [out], nodes=nodes, initializers=weights, name="group", opset_imports={"": 22})
     proto: Any = ir.to_proto(ir.Model(graph, ir_version=10))
     data: bytes = proto.SerializeToString()
     return data
