@@ -11,7 +11,7 @@ command -v cmake >/dev/null && command -v ninja >/dev/null || "$venv/bin/python"
 check() { # sanitizer, cases of the routing kernels, layers of the expert kernels, library ON or OFF
     local folder=build/sanitize-$1
     cmake -S plugins/cpu -B "$folder" -G Ninja -DMOE_EXPORT_LIBRARY="$4" -DMOE_EXPORT_TESTS=ON \
-        -DMOE_EXPORT_SANITIZER="$1" >"$folder.log" || { cat "$folder.log"; return 1; }
+        -DMOE_EXPORT_WERROR=ON -DMOE_EXPORT_SANITIZER="$1" >"$folder.log" || { cat "$folder.log"; return 1; }
     cmake --build "$folder" >"$folder.log" || { cat "$folder.log"; return 1; }
     printf '%s sanitizer\n' "$1"
     "$folder/routing_test" "$2"
