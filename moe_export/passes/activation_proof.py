@@ -116,7 +116,9 @@ def _size(probe: NDArray[Any], candidate: Activation) -> NDArray[np.float64]:
     pair = (
         (rows[:, 0::2], rows[:, 1::2]) if candidate["layout"] == "interleaved" else np.split(rows, 2, axis=1)
     )
-    return np.maximum(1.0, pair[0] * pair[1])
+    # clamped_swiglu adds 1 to up before it multiplies.
+    up = pair[1] + 1.0 if candidate["activation"] == "clamped_swiglu" else pair[1]
+    return np.maximum(1.0, pair[0] * up)
 
 
 def _difference(got: NDArray[np.float64], want: NDArray[np.float64], size: NDArray[np.float64]) -> float:
