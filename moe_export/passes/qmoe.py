@@ -143,7 +143,9 @@ def qmoe_nodes(
     columns = node("Unsqueeze", [expert_ids, last])
     hits = node("Equal", [columns, constant("experts", np.arange(count, dtype=np.int32))])
     chosen = node("Cast", [hits], to=ir.DataType.FLOAT.value)
-    ones = constant("ones", np.ones((1, 1, top_k), np.float32))
+    # Not a constant of ones: ONNX Runtime does not broadcast one against no token.
+    valid = node("GreaterOrEqual", [expert_ids, constant("zero", np.zeros((), np.int32))])
+    ones = node("Unsqueeze", [node("Cast", [valid], to=ir.DataType.FLOAT.value), middle])
     selection = node("Squeeze", [node("MatMul", [ones, chosen]), middle])
     share_row = node("Unsqueeze", [shares, middle])
     shares_dense = node("Squeeze", [node("MatMul", [share_row, chosen]), middle])
