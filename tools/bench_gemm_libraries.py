@@ -27,6 +27,8 @@ from moe_export.bench.machine import usable_cores
 
 SHAPES = {"A": Shape("A", 1024, 2816, 8, 1), "B": Shape("B", 1024, 512, 40, 1)}
 """One expert per token, enough experts to be larger than the caches."""
+PAUSE_SECONDS = 0.1
+"""Between turns: the threads of the last library spin for a while before they sleep."""
 Group = Callable[[Array, int], Any]
 """Computes the group of these rows with expert number n."""
 
@@ -206,7 +208,7 @@ def _measure(shape: Shape, sizes: Sequence[int], options: argparse.Namespace, fo
         samples: dict[str, list[float]] = {name: [] for name in groups}
         for turn in range(options.rounds + 1):
             for name, group in groups.items():
-                time.sleep(0.005)
+                time.sleep(PAUSE_SECONDS)
                 group(rows, shape.experts - 1)
                 seconds = _time(group, rows, shape.experts - 1)
                 if turn:

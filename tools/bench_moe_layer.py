@@ -41,8 +41,8 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
 """Largest error over max(1, largest value of the reference)."""
 MIN_SECONDS = 0.02
 """A contestant's turn lasts at least this long, after one call that does not count."""
-PAUSE_SECONDS = 0.005
-"""Between turns: the last contestant's idle threads stop spinning."""
+PAUSE_SECONDS = 0.1
+"""Between turns: the threads of the last contestant spin for a while before they sleep."""
 QUIET_SWITCHES = 60.0
 """Involuntary context switches per second up to which a turn counts as undisturbed."""
 TRIES = 10
@@ -112,13 +112,11 @@ def measure(
     order = list(runs)
     _wait_for_quiet(options.wait)
     meter = LoadMeter(lambda: [os.getpid()])
-    window = meter.start()
     peaks.begin()
     for turn in range(options.rounds):
         peaks.measure()
         for name in order[turn % max(len(order), 1) :] + order[: turn % max(len(order), 1)]:
-            samples[name].append(_turn(runs[name]))
-    meter.stop(window)
+            samples[name].append(_turn(runs[name], meter))
     rows = _rows(samples, layer, tokens, routing, options.threads, meter.foreign_cores)
     _print_table(rows, layer, inputs, peaks)
     return rows
@@ -155,14 +153,15 @@ def _checked(name: str, run: Run, inputs: Inputs, dtype: str) -> Run:
     return run
 
 
-def _turn(run: Run) -> float:
+def _turn(run: Run, meter: LoadMeter | None = None) -> float:
     """Median seconds of the calls of one turn, of the first turn that other processes hardly disturbed.
 
-    Where none of :data:`TRIES` turns was quiet, the least disturbed one.
+    Where none of :data:`TRIES` turns was quiet, the least disturbed one. ``meter`` watches the turns.
     """
     best = (float("inf"), float("inf"))
+    time.sleep(PAUSE_SECONDS)
+    window = meter.start() if meter is not None else None
     for _ in range(TRIES):
-        time.sleep(PAUSE_SECONDS)
         run()
         times: list[float] = []
         before = _switches()
@@ -173,6 +172,8 @@ def _turn(run: Run) -> float:
         best = min(best, ((_switches() - before) / sum(times), statistics.median(times)))
         if best[0] <= QUIET_SWITCHES:
             break
+    if meter is not None:
+        meter.stop(window)
     return best[1]
 
 
