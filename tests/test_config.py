@@ -54,6 +54,8 @@ def test_defaults() -> None:
         ({"dtype": "fp16"}, "dtype: unknown value 'fp16'; .*choices: bfloat16, float16, float32"),
         ({"task": "generation"}, "task: unknown value 'generation'; nearest: text-generation"),
         ({"expert_lowering": "loops"}, "expert_lowering: unknown value 'loops'; nearest: loop"),
+        ({"quantize": "int3"}, "quantize: unknown value 'int3'; .*choices: int8, int4|choices: int4, int8"),
+        ({"quantize": "int8", "target": "portable"}, "quantize: int8 needs target onnxruntime"),
         ({"verify": 1}, "verify: expected true or false, got 1"),
         ({"bench": None}, "bench: expected true or false, got None"),
         ({"trust_remote_code": "yes"}, "trust_remote_code: expected true or false"),
@@ -217,7 +219,7 @@ def test_the_page_documents_every_field_default_and_choice() -> None:
                 assert rows[key].split("|")[2].strip() == f"`{default}`", field.name
     stated = [row for row in rows if row not in {key for _, key in _PLACES.values()}]
     assert not stated, f"the page documents keys that do not exist: {stated}"
-    from moe_export.config import EXPERT_LOWERINGS, TARGETS
+    from moe_export.config import EXPERT_LOWERINGS, QUANTIZATIONS, TARGETS
     from moe_export.schema import DTYPES, TASKS
 
     for row, choices in (
@@ -225,6 +227,7 @@ def test_the_page_documents_every_field_default_and_choice() -> None:
         ("dtype", DTYPES),
         ("task", TASKS),
         ("expert_lowering", EXPERT_LOWERINGS),
+        ("quantize", QUANTIZATIONS),
         ("opset", tuple(map(str, OPSETS))),
     ):
         assert all(choice in rows[row] for choice in choices), row

@@ -204,3 +204,10 @@ def test_interrupted_build_leaves_nothing(
     if last is not None:
         assert lines[-1] == last
     assert list(tmp_path.iterdir()) == []
+
+
+def test_quantize_reaches_the_configuration(built: dict[str, Any]) -> None:
+    assert invoke("build", "model", "-o", "out", "-q", "--quantize", "int4").exit_code == 0
+    assert built["config"].quantize == "int4"
+    result = invoke("build", "model", "-o", "out", "-q", "--quantize", "int4", "--target", "portable")
+    assert result.exit_code == 2 and "needs target onnxruntime" in result.output

@@ -108,6 +108,15 @@ def test_limits_of_quantised_engines(dtype: str, kind: str) -> None:
     assert set(QUANTIZED_LEVELS).isdisjoint(LEVELS)
 
 
+def test_the_page_has_the_limits() -> None:
+    tables = {k: default_tolerances("float32", ["OUTPUT"], None, k).limits for k in KINDS}
+    page = (SOURCE.parents[1] / "docs" / "quantization.md").read_text(encoding="utf-8")
+    for name, limit in tables["int8"].items():
+        measures = limit.measures.replace("|", "&#124;")
+        row = f"| `{name}` | {limit.value:g} | {tables['int4'][name].value:g} | {measures} |"
+        assert row in page, row
+
+
 def test_an_unknown_quantisation_is_refused() -> None:
     with pytest.raises(UsageError, match="int3.*int4, int8|int3.*int8, int4"):
         default_tolerances("float32", ["logits"], None, "int3")
