@@ -83,6 +83,12 @@ class BuildConfig:
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("expert_lowering", self.expert_lowering, EXPERT_LOWERINGS)
         _check_choice("expert_weights", self.expert_weights, EXPERT_WEIGHTS)
+        fused = self.expert_lowering in ("auto", "fused") and self.quantize is None
+        if self.expert_weights == "packed" and not (fused and self.target == "onnxruntime"):
+            raise UsageError(
+                "expert_weights: packed is for fused experts; it needs target onnxruntime, expert_lowering "
+                "auto or fused, and no quantize"
+            )
         if self.quantize is not None:
             _check_choice("quantize", self.quantize, QUANTIZATIONS)
             if self.target != "onnxruntime":

@@ -16,7 +16,7 @@ import moe_export
 from moe_export.backends import BACKENDS, get_backend
 from moe_export.backends.base import DATA_FILE, MODEL_FILE, Backend
 from moe_export.backends.onnxruntime.runner import create_session
-from moe_export.errors import ExportError, UsageError
+from moe_export.errors import EnvironmentLacksError, ExportError, UsageError
 from moe_export.importer.export import ExportedModel, export_model
 from moe_export.importer.sources import load_source
 from moe_export.models.families import tiny_model
@@ -182,3 +182,15 @@ def test_weights_lie_beside_the_model(exported: ExportedModel, tmp_path: Path) -
     assert (tmp_path / MODEL_FILE).stat().st_size < 200_000
     assert [layer.logits for layer in lowered.moe_layers] == ["moe.0.logits", "moe.1.logits"]
     create_session(tmp_path / MODEL_FILE, threads=1)
+
+
+@pytest.mark.parametrize("wanted", [{"expert_lowering": "fused"}, {"expert_weights": "packed"}])
+def test_what_needs_the_plugin_is_refused_without_it(
+    wanted: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = get_backend("onnxruntime")
+    assert backend._options(wanted)["fused_experts"]
+    monkeypatch.setenv("MOE_EXPORT_CPU_PLUGIN", "off")
+    assert not backend._options({})["fused_experts"]
+    with pytest.raises(EnvironmentLacksError, match="needs the CPU plugin: switched off"):
+        backend._options(wanted)
