@@ -5,7 +5,7 @@ PYTHON ?= python3
 JOBS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.moe-export-installed
-PLUGIN_SOURCES := $(shell find plugins -type f -not -path 'plugins/cpu/tests/*' -not -name '*.pyc')
+PLUGIN_SOURCES := $(shell find plugins -type f -not -path 'plugins/cpu/tests/*' -not -path 'plugins/gpu/*' -not -name '*.pyc')
 
 # One compute thread per test process: JOBS processes share the cores.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
