@@ -15,6 +15,10 @@ from .mixed_norms import SplitMixedNorms
 from .quantize_experts import QuantizeExperts
 from .unroll_experts import UnrollExperts
 
+_TENSORRT: tuple[type[Pass], ...] = (AttachRouter,)
+"""Both TensorRT targets. No pass of ONNX Runtime's contrib ops: TensorRT's parser knows none of them, and its own
+compiler fuses norms and attention."""
+
 PIPELINES: dict[str, tuple[type[Pass], ...]] = {
     "portable": (AttachRouter, BFloat16Weights),
     "onnxruntime": (
@@ -29,6 +33,8 @@ PIPELINES: dict[str, tuple[type[Pass], ...]] = {
         UnrollExperts,
         BFloat16Weights,
     ),
+    "tensorrt-rtx": _TENSORRT,
+    "tensorrt": _TENSORRT,
 }
 """Target → its passes. A pass may rely on those before it."""
 
