@@ -40,9 +40,12 @@ def attach_functions(model: ir.Model, opset: int) -> None:
                 need("Dispatch", {"num_experts": full["num_experts"]})
                 need("GroupedMatMul", {"transposed": full["transposed"]})
                 need("Combine", {})
+            if node.op_type == "QuantizedExpertMLP":
+                need("Dispatch", {"num_experts": full["num_experts"]})
+                need("Combine", {})
     for identifier in [k for k in model.functions if k[0] == DOMAIN]:
         del model.functions[identifier]
-    for name in ("Dispatch", "GroupedMatMul", "Combine", "Router", "ExpertMLP"):
+    for name in ("Dispatch", "GroupedMatMul", "Combine", "Router", "ExpertMLP", "QuantizedExpertMLP"):
         if name in needed:
             function = ir.from_proto(OPS[name].function(needed[name][1], opset))
             model.functions[function.identifier()] = function

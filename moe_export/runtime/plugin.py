@@ -11,7 +11,7 @@ from moe_export.backends.onnxruntime.plugin import cpu_plugin_path, cpu_plugin_p
 from moe_export.ops import DOMAIN
 from moe_export.schema import Manifest
 
-SLOW_BODIES = ("ExpertMLP", "GroupedMatMul")
+SLOW_BODIES = ("ExpertMLP", "QuantizedExpertMLP", "GroupedMatMul")
 """Ops whose ONNX body is much slower than their kernel; the others' bodies take little of a layer's time."""
 
 

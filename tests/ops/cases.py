@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_export.ops.packing import pack_down, pack_up
+from moe_export.ops.quantization import quantize
+from moe_export.ops.quantized_packing import pack_quantized_down, pack_quantized_up
 
 from .one_op import NUMPY
 
@@ -67,6 +69,19 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "packed": {"packed": 1},
     "packed ungated": {"packed": 1, "activation": "relu", "gated": 0},
     "packed biased": {"packed": 1, "activation": "clamped_swiglu", "biased": 1, "limit": 1.5},
+}
+
+
+QUANTIZED_EXPERTS: dict[str, dict[str, Any]] = {
+    "swiglu": {},
+    "swiglu, 4 bits": {"bits": 4},
+    "small blocks": {"block": 16},
+    "large blocks, 4 bits": {"block": 64, "bits": 4},
+    "gpt-oss, 4 bits": {"activation": "clamped_swiglu", "biased": 1, "limit": 1.5, "bits": 4},
+    "relu2 ungated": {"activation": "relu2", "gated": 0},
+    "relu ungated biased, 4 bits": {"activation": "relu", "gated": 0, "biased": 1, "bits": 4, "block": 16},
+    "gelu": {"activation": "gelu"},
+    "gelu tanh biased": {"activation": "gelu_tanh", "biased": 1},
 }
 
 
@@ -133,4 +148,35 @@ def expert_inputs(
         "down": down_weight,
         "up_bias": randoms(weight_dtype, experts, wide, seed=3) if biased else None,
         "down_bias": randoms(weight_dtype, experts, hidden, seed=4) if biased else None,
+    }
+
+
+def quantized_inputs(
+    attributes: dict[str, Any],
+    ids: NDArray[np.int32],
+    experts: int,
+    dtype: str,
+    *,
+    hidden: int = 1,
+    inner: int = 1,
+) -> dict[str, Any]:
+    """Inputs of QuantizedExpertMLP; ``hidden`` and ``inner`` in blocks. Biases have ``dtype``."""
+    block, bits, gated = (attributes.get(k, d) for k, d in (("block", 32), ("bits", 8), ("gated", 1)))
+    width, depth = hidden * block, inner * block
+    wide = depth * (1 + gated)
+    scale = width**-0.5
+    up = quantize(randoms("float32", experts, wide, width, seed=1) * scale, bits, block)
+    down = quantize(randoms("float32", experts, width, depth, seed=2) * depth**-0.5, bits, block)
+    packed_up, packed_down = pack_quantized_up(up, gated=bool(gated)), pack_quantized_down(down)
+    biased = attributes.get("biased", 0)
+    return {
+        "hidden": randoms(dtype, len(ids), width),
+        "expert_ids": ids,
+        "weights": np.abs(randoms("float32", *ids.shape)) * 0.3,
+        "up_codes": packed_up.codes,
+        "up_scales": packed_up.scales,
+        "down_codes": packed_down.codes,
+        "down_scales": packed_down.scales,
+        "up_bias": randoms(dtype, experts, wide, seed=3) if biased else None,
+        "down_bias": randoms(dtype, experts, width, seed=4) if biased else None,
     }

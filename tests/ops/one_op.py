@@ -23,8 +23,13 @@ NUMPY = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "int32": np.dtype(np.int32),
     "int64": np.dtype(np.int64),
+    "int8": np.dtype(np.int8),
+    "uint8": np.dtype(np.uint8),
 }
-INNER = {"ExpertMLP": ("Dispatch", "GroupedMatMul", "Combine")}
+INNER = {
+    "ExpertMLP": ("Dispatch", "GroupedMatMul", "Combine"),
+    "QuantizedExpertMLP": ("Dispatch", "Combine"),
+}
 
 
 def onnx_model(
@@ -64,6 +69,8 @@ def onnx_model(
     ranks = {p.name: len(p.shape) for p in given}
     if full.get("packed"):
         ranks |= {"up": 4, "down": 4}
+    if full.get("bits") == 4:
+        ranks |= {"up_codes": 5, "down_codes": 5}
     graph = helper.make_graph(
         nodes, name, [_value(p.name, dtypes[p.name], ranks[p.name]) for p in given], outputs
     )

@@ -10,8 +10,18 @@ import pytest
 from moe_export.ops import OPS
 from moe_export.ops.contract import FLOAT_TYPES
 
-from .cases import EXPERTS, ROUTERS, expert_ids, expert_inputs, randoms, router_inputs, routings
-from .one_op import NUMPY, OPSETS, assert_equal, expected, in_onnx_reference, in_onnxruntime
+from .cases import (
+    EXPERTS,
+    QUANTIZED_EXPERTS,
+    ROUTERS,
+    expert_ids,
+    expert_inputs,
+    quantized_inputs,
+    randoms,
+    router_inputs,
+    routings,
+)
+from .one_op import NUMPY, OPSETS, assert_equal, expected, in_onnx_reference, in_onnxruntime, problem
 
 BOTH = (in_onnxruntime, in_onnx_reference)
 FLOATS = [
@@ -128,6 +138,45 @@ def test_expert_mlp(run: Any, variant: str, opset: int) -> None:
             got = run("ExpertMLP", inputs, full, opset)
             assert_equal("ExpertMLP", dtype, got, expected("ExpertMLP", inputs, full))
             assert got[0].dtype == output_dtype(dtype)
+
+
+@pytest.mark.parametrize("opset", OPSETS)
+@pytest.mark.parametrize("variant", QUANTIZED_EXPERTS)
+@pytest.mark.parametrize("run", BOTH)
+def test_quantized_expert_mlp(run: Any, variant: str, opset: int) -> None:
+    attributes = QUANTIZED_EXPERTS[variant]
+    sizes = [(0, 2, 4), (1, 2, 4), (7, 2, 4), (5, 4, 4)] if opset == 20 else [(7, 2, 4)]
+    for tokens, top_k, experts in sizes:
+        ids = expert_ids(tokens, top_k, experts)
+        for dtype in FLOAT_TYPES if opset == 20 and tokens == 7 else ("float32",):
+            inputs = quantized_inputs(attributes, ids, experts, dtype, hidden=2, inner=3)
+            full = {"num_experts": experts, **attributes}
+            got, want = (
+                run("QuantizedExpertMLP", inputs, full, opset),
+                expected("QuantizedExpertMLP", inputs, full),
+            )
+            assert_equal("QuantizedExpertMLP", dtype, got, want)
+            assert got[0].dtype == output_dtype(dtype)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_expert_mlp_rejects_broken_weights(bits: int) -> None:
+    ids, attributes = expert_ids(7, 2, 4, strangers=False), {"num_experts": 4, "bits": bits}
+    inputs = quantized_inputs(attributes, ids, 4, "float32", hidden=2, inner=3)
+    want = expected("QuantizedExpertMLP", inputs, attributes)
+    up, scales = inputs["up_codes"], inputs["up_scales"]
+    broken = {
+        "scales of the next block": {"up_scales": np.roll(scales, 1, axis=2)},
+        "one expert's scales doubled": {"up_scales": scales * np.array([1, 1, 2, 1])[:, None, None, None]},
+        "gate and up exchanged": {"up_codes": np.roll(up, 32, axis=3), "up_scales": np.roll(scales, 32, 3)},
+        "codes of the next input": {"up_codes": np.roll(up, 1, axis=2)},
+    }
+    if bits == 4:
+        broken["nibbles exchanged"] = {"up_codes": (up >> 4) | (up << 4)}
+    for name, change in broken.items():
+        changed = {k: np.ascontiguousarray(v.astype(inputs[k].dtype)) for k, v in change.items()}
+        (got,) = in_onnxruntime("QuantizedExpertMLP", {**inputs, **changed}, attributes)
+        assert problem(OPS["QuantizedExpertMLP"], "float32", got, want[0]), name
 
 
 @pytest.mark.parametrize("run", BOTH)

@@ -21,6 +21,7 @@ SMALLEST = {
     "GroupedMatMul": {},
     "Combine": {},
     "ExpertMLP": {"num_experts": 4},
+    "QuantizedExpertMLP": {"num_experts": 4},
 }
 
 
@@ -54,6 +55,13 @@ def test_unknown_op_lists_the_choices() -> None:
         ("ExpertMLP", {"num_experts": 4, "activation": "swish"}, r"choices: clamped_swiglu, gelu"),
         (
             "ExpertMLP",
+            {"num_experts": 4, "activation": "clamped_swiglu", "gated": 0},
+            r"clamped_swiglu.*gated",
+        ),
+        ("QuantizedExpertMLP", {"num_experts": 4, "bits": 3}, r"bits: unknown value 3; choices: 4, 8"),
+        ("QuantizedExpertMLP", {"num_experts": 4, "block": 24}, r"block: unknown value 24"),
+        (
+            "QuantizedExpertMLP",
             {"num_experts": 4, "activation": "clamped_swiglu", "gated": 0},
             r"clamped_swiglu.*gated",
         ),
@@ -96,6 +104,8 @@ def _elsewhere(op: str, attribute: str) -> bool:
         ("Router", "topk_group"): {"n_group": 2},
         ("ExpertMLP", "alpha"): {"activation": "clamped_swiglu"},
         ("ExpertMLP", "limit"): {"activation": "clamped_swiglu"},
+        ("QuantizedExpertMLP", "alpha"): {"activation": "clamped_swiglu"},
+        ("QuantizedExpertMLP", "limit"): {"activation": "clamped_swiglu"},
     }[op, attribute]
     return f"@{attribute}" in OPS[op].body(OPS[op].complete({**SMALLEST[op], **with_it}), 20)
 
