@@ -115,6 +115,8 @@ def _schema(op: OpContract) -> Any:
         "bfloat16": "tensor(bfloat16)",
         "int32": "tensor(int32)",
         "int64": "tensor(int64)",
+        "int8": "tensor(int8)",
+        "uint8": "tensor(uint8)",
     }
     constraints: dict[str, tuple[str, ...]] = {}
 
