@@ -10,6 +10,10 @@ from ..ops import DOMAIN, OPS, VERSION
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+PLUGIN_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": "1"}
+"""On a node of ours beside its own attributes: TensorRT's parser then looks for a plugin of the node's name
+before it inlines the body. They are no attributes of the op and reach no body."""
+
 
 def attach_functions(model: ir.Model, opset: int) -> None:
     """Put the body of every op that the graph uses into the model's functions.
@@ -30,7 +34,7 @@ def attach_functions(model: ir.Model, opset: int) -> None:
 
     for node in model.graph.all_nodes():
         if node.domain == DOMAIN:
-            attributes = {k: a.value for k, a in node.attributes.items()}
+            attributes = {k: a.value for k, a in node.attributes.items() if k not in PLUGIN_ATTRIBUTES}
             full = OPS[node.op_type].complete(attributes)
             for key, value in full.items():
                 if key not in node.attributes:
