@@ -14,6 +14,7 @@ from .config import BuildConfig
 from .errors import CheckFailed, UsageError, choices_text
 from .progress import NullProgress, Progress
 from .schema import Limits, Manifest, TextInfo
+from .sms import GPU_TARGETS
 
 if TYPE_CHECKING:
     from .bundle.reader import Bundle
@@ -111,6 +112,7 @@ def _build(
     dynamic: dict[str, dict[int, str]] | None,
     progress: Progress,
 ) -> Bundle:
+    from .backends import get_backend
     from .bundle.cache import cache_key, find_unchanged
     from .bundle.reader import open_bundle
     from .bundle.writer import BundleWriter
@@ -118,6 +120,7 @@ def _build(
 
     if not (output / "manifest.json").is_file():
         BundleWriter(output, overwrite=config.overwrite).check()
+    environment = get_backend(config.target).environment(dataclasses.asdict(config))
     loaded = load_source(
         source,
         task=config.task,
@@ -126,8 +129,8 @@ def _build(
         trust_remote_code=config.trust_remote_code,
         progress=progress,
     )
-    _max_sequence(loaded, config)
-    key = cache_key(loaded.info.hash, {**config.key_fields(), **_environment(config)})
+    _limits(loaded, config)
+    key = cache_key(loaded.info.hash, {**config.key_fields(), **environment})
     unchanged = find_unchanged(output, key, progress=progress) if output.exists() else None
     if unchanged is not None:
         progress.note(f"{output} is unchanged: same source, options and tools; nothing to build")
@@ -139,23 +142,16 @@ def _build(
     with BundleWriter(
         output,
         overwrite=config.overwrite,
-        required_bytes=int(weight_bytes * 1.1) + (1 << 20),
+        required_bytes=int(weight_bytes * (1 + len(environment.get("sm", ()))) * 1.1) + (1 << 20),
         progress=progress,
     ) as writer:
-        manifest = _write_engine(loaded, config, writer, progress)
+        manifest = _write_engine(loaded, config, environment, writer, progress)
         manifest = dataclasses.replace(manifest, evidence={**manifest.evidence, "cache_key": key})
         manifest = _gather_evidence(loaded, config, writer, manifest, output, progress)
         writer.commit(manifest)
     bundle = open_bundle(output, trust=True)
     _raise_if_failed(bundle)
     return bundle
-
-
-def _environment(config: BuildConfig) -> dict[str, Any]:
-    """What of this machine decides what a bundle holds: a build with the CPU plugin is another one."""
-    from .backends.onnxruntime.plugin import cpu_plugin_problem
-
-    return {"cpu_plugin": not cpu_plugin_problem()} if config.target == "onnxruntime" else {}
 
 
 def _raise_if_failed(bundle: Bundle) -> None:
@@ -168,12 +164,17 @@ def _raise_if_failed(bundle: Bundle) -> None:
 
 
 def _write_engine(
-    loaded: LoadedSource, config: BuildConfig, writer: BundleWriter, progress: Progress
+    loaded: LoadedSource,
+    config: BuildConfig,
+    environment: dict[str, Any],
+    writer: BundleWriter,
+    progress: Progress,
 ) -> Manifest:
     from .backends import get_backend
     from .importer.export import export_model
     from .inspect import count_parameters
 
+    limits = _limits(loaded, config)
     exported = export_model(loaded, dtype=config.dtype, opset=config.opset, progress=progress)
     with progress.stage(f"lower for {config.target}"):
         lowered = get_backend(config.target).build(
@@ -184,6 +185,9 @@ def _write_engine(
                 "expert_weights": config.expert_weights,
                 "quantize": config.quantize,
                 "threads": config.threads,
+                "max_batch": limits.max_batch,
+                "max_sequence": limits.max_sequence,
+                **environment,
             },
         )
     count = count_parameters(loaded.module, getattr(loaded.module, "config", None))
@@ -200,16 +204,30 @@ def _write_engine(
         dtype=config.dtype,
         opset=config.opset,
         io=lowered.io,
-        limits=Limits(config.max_batch, _max_sequence(loaded, config)),
+        limits=limits,
         moe_layers=lowered.moe_layers,
         decisions=lowered.decisions,
         notes=lowered.notes,
         cache=lowered.cache,
         rows_apart=lowered.rows_apart,
+        state=lowered.plans.state,
+        sm=lowered.plans.sm,
+        engines=lowered.plans.engines,
         quantization=config.quantize if lowered.quantized_layers else None,
         text=text,
         parameters={k: int(v) for k, v in parameters.items() if v is not None},
     )
+
+
+def _limits(loaded: LoadedSource, config: BuildConfig) -> Limits:
+    """What an engine accepts. Plans have an end to their shapes, so GPU targets have limits where none were
+    asked."""
+    limits = Limits(config.max_batch, _max_sequence(loaded, config))
+    if config.target not in GPU_TARGETS:
+        return limits
+    from .backends.trt.profiles import engine_limits
+
+    return engine_limits(limits, asked=config.max_sequence is not None)
 
 
 def _max_sequence(loaded: LoadedSource, config: BuildConfig) -> int | None:

@@ -13,11 +13,14 @@ from typing import Any
 
 from moe_export.errors import UsageError, choices_text
 from moe_export.schema import DTYPES, TASKS
+from moe_export.sms import GPU_TARGETS, check_dtype, check_sms
 
-TARGETS: tuple[str, ...] = ("onnxruntime", "portable")
+TARGETS: tuple[str, ...] = ("onnxruntime", "portable", *GPU_TARGETS)
 EXPERT_WEIGHTS: tuple[str, ...] = ("auto", "as-is", "packed")
 QUANTIZATIONS: tuple[str, ...] = ("int8", "int4")
-EXPERT_LOWERINGS: tuple[str, ...] = ("auto", "fused", "unrolled", "loop")
+CPU_LOWERINGS: tuple[str, ...] = ("auto", "fused", "unrolled", "loop")
+GPU_LOWERINGS: tuple[str, ...] = ("auto", "native", "plugin")
+EXPERT_LOWERINGS: tuple[str, ...] = tuple(dict.fromkeys((*CPU_LOWERINGS, *GPU_LOWERINGS)))
 OPSETS: tuple[int, ...] = (20, 21, 22, 24)
 DEFAULT_OPSET = 20
 BASELINES: tuple[str, ...] = (
@@ -56,6 +59,10 @@ class BuildConfig:
     """How a layer's experts are lowered; ``auto`` chooses per layer and reports why."""
     expert_weights: str = "auto"
     """How the weights of fused experts lie in the bundle: as in the source, or packed for the CPU plugin."""
+    sm: tuple[int, ...] | None = None
+    """GPUs a TensorRT target builds for, by compute capability (89 is 8.9): one plan each; None = the GPU
+    of this
+    machine."""
     quantize: str | None = None
     """Store expert weights in blocks of int8 or int4, of :data:`QUANTIZATIONS`; None = as floats."""
     tolerances: dict[str, float] = field(default_factory=dict)
@@ -80,8 +87,10 @@ class BuildConfig:
             if type(getattr(self, name)) is not bool:
                 raise UsageError(f"{name}: expected true or false, got {getattr(self, name)!r}")
         _check_choice("target", self.target, TARGETS)
+        self._check_gpu()
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("expert_lowering", self.expert_lowering, EXPERT_LOWERINGS)
+        self._check_lowering()
         _check_choice("expert_weights", self.expert_weights, EXPERT_WEIGHTS)
         fused = self.expert_lowering in ("auto", "fused") and self.quantize is None
         if self.expert_weights == "packed" and not (fused and self.target == "onnxruntime"):
@@ -120,6 +129,32 @@ class BuildConfig:
             _check_below("bench_batches", self.bench_batches, "max_batch", self.max_batch)
         if self.bench and self.max_sequence is not None:
             _check_below("bench_sequences", self.bench_sequences, "max_sequence", self.max_sequence)
+
+    def _check_gpu(self) -> None:
+        """``sm``, and the dtype on each of them."""
+        if self.target not in GPU_TARGETS:
+            if self.sm is not None:
+                raise UsageError(
+                    f"sm: {self.sm!r} was given, and target {self.target} builds for no GPU; targets with "
+                    "plans per "
+                    f"SM: {', '.join(GPU_TARGETS)}"
+                )
+            return
+        if self.sm is not None:
+            if not isinstance(self.sm, (list, tuple)):
+                raise UsageError(f"sm: expected a list of whole numbers, as in [80, 89], got {self.sm!r}")
+            object.__setattr__(self, "sm", check_sms(self.target, self.sm))
+        if isinstance(self.dtype, str):
+            check_dtype(self.target, self.dtype, self.sm or (), DTYPES)
+
+    def _check_lowering(self) -> None:
+        own = GPU_LOWERINGS if self.target in GPU_TARGETS else CPU_LOWERINGS
+        if self.expert_lowering not in own:
+            others = ", ".join(t for t in TARGETS if (t in GPU_TARGETS) != (self.target in GPU_TARGETS))
+            raise UsageError(
+                f"expert_lowering: {self.expert_lowering} is for {others}; target {self.target} has "
+                f"{', '.join(own)}"
+            )
 
     def key_fields(self) -> dict[str, Any]:
         """The fields that decide what a bundle holds, for :func:`moe_export.bundle.cache_key`."""

@@ -41,6 +41,10 @@ class ExportError(UsageError):
     """The model could not be exported without changing what it computes."""
 
 
+class BuildError(ExportError):
+    """A target's own builder (TensorRT) refused the lowered model or died; the message holds its last words."""
+
+
 class BundleError(UsageError):
     """A bundle is damaged, of a newer schema, or does not fit this machine."""
 

@@ -123,6 +123,28 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class EngineFile:
+    """One plan of a TensorRT target, and what running it needs."""
+
+    file: str
+    sm: int
+    """Compute capability of the only GPUs that run it: 89 is 8.9."""
+    library: str
+    """Python module of the runtime: ``tensorrt_rtx`` or ``tensorrt``."""
+    version: str
+    """Of the library that built it; the runtime's major and minor version must be the same."""
+    driver: str
+    """The lowest NVIDIA driver (major version) that the library runs with."""
+    layers: int
+    layer_kinds: dict[str, int]
+    """Kind of TensorRT layer → how many."""
+    weight_bytes: int
+    activation_bytes: int
+    """For the largest shapes of the profiles."""
+    build_seconds: float
+
+
+@dataclass(frozen=True)
 class TextInfo:
     """What generation needs. ``tokenizer`` is a folder inside the bundle, or None."""
 
@@ -159,7 +181,14 @@ class Manifest:
     """Several new tokens after a past run for one sequence at a time only; the runtime does so."""
     parameters: dict[str, int] = field(default_factory=dict)
     """``total``, ``active``, ``active_without_embeddings``."""
+    state: Literal["ready", "needs-gpu-build"] = "ready"
+    """``needs-gpu-build``: everything but the plans; ``build_engine.py`` in the bundle finishes it on a machine with
+    the GPU."""
+    sm: tuple[int, ...] = ()
+    """What plans are, or will be, for; empty for targets of the CPU."""
+    engines: tuple[EngineFile, ...] = ()
     model_file: str = "model.onnx"
+    """The ONNX model that runs, that plans are built from, and that is simulated."""
     files: tuple[FileEntry, ...] = ()
     tools: dict[str, str] = field(default_factory=dict)
     evidence: dict[str, Any] = field(default_factory=dict)

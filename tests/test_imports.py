@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "moe_export"
 
 # Every part of the package and what stands above it may import. "base" is what stands below all.
-BASE = {"errors", "schema", "progress", "config", "files", "trace", "costs"}
+BASE = {"errors", "schema", "progress", "config", "files", "trace", "costs", "sms"}
 LAYERS = (
     {"ops"},
     {"graph"},

@@ -6,8 +6,12 @@ from ..errors import UsageError, choices_text
 from .base import Backend
 from .onnxruntime.build import OnnxRuntimeBackend
 from .portable import PortableBackend
+from .tensorrt import BACKEND as TENSORRT
+from .tensorrt_rtx import BACKEND as TENSORRT_RTX
 
-BACKENDS: dict[str, Backend] = {b.name: b for b in (OnnxRuntimeBackend(), PortableBackend())}
+BACKENDS: dict[str, Backend] = {
+    b.name: b for b in (OnnxRuntimeBackend(), PortableBackend(), TENSORRT_RTX, TENSORRT)
+}
 """Every target by name."""
 
 

@@ -10,13 +10,23 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..passes.base import PassContext
 from ..passes.pipelines import run_pipeline
-from ..schema import Decision, ModelIO, MoELayer
+from ..schema import Decision, EngineFile, ModelIO, MoELayer
 
 if TYPE_CHECKING:
     from ..importer.export import ExportedModel
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
+
+
+@dataclass(frozen=True)
+class Plans:
+    """What a target that compiles beyond ONNX wrote; see the fields of the same names of
+    :class:`Manifest`."""
+
+    sm: tuple[int, ...] = ()
+    engines: tuple[EngineFile, ...] = ()
+    state: Literal["ready", "needs-gpu-build"] = "ready"
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,7 @@ class Lowered:
     rows_apart: bool
     quantized_layers: tuple[int, ...] = ()
     """Indices of the MoE layers whose experts are quantised."""
+    plans: Plans = Plans()
 
 
 class Backend(ABC):
@@ -57,8 +68,9 @@ class Backend(ABC):
             list(exported.notes),
             float32_weights=exported.float32_weights,
         )
+        self._check(context)
         run_pipeline(self.name, context)
-        self._write(context, folder)
+        plans = self._write(context, folder) or Plans()
         return Lowered(
             context.io,
             context.layers,
@@ -67,15 +79,36 @@ class Backend(ABC):
             context.cache,
             context.rows_apart,
             context.quantized,
+            plans,
         )
+
+    def environment(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """What of this machine decides what a bundle holds, as JSON values; part of the cache key.
+
+        ``options``: fields of :class:`BuildConfig`. Called before any long work, so that what cannot be
+        done is
+        refused early.
+
+        Raises:
+            UsageError, EnvironmentLacksError: this target cannot be built so, or not here.
+        """
+        return {}
+
+    def _check(self, context: PassContext) -> None:
+        """Refuse a model that this target cannot hold, before it is lowered.
+
+        Raises:
+            UsageError: names the limit and what to do instead.
+        """
+        return None
 
     def _options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """What the passes are given: ``options``, and what only this target's environment knows."""
         return dict(options)
 
     @abstractmethod
-    def _write(self, context: PassContext, folder: Path) -> None:
-        """Write the lowered model."""
+    def _write(self, context: PassContext, folder: Path) -> Plans | None:
+        """Write the lowered model; returns what was compiled from it, if anything."""
 
 
 def write_onnx(context: PassContext, folder: Path) -> None:

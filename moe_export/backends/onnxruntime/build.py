@@ -19,6 +19,10 @@ class OnnxRuntimeBackend(Backend):
     name = "onnxruntime"
     summary = "lowered for ONNX Runtime on the CPU; fastest with the CPU plugin, and runs without it"
 
+    def environment(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """A build with the CPU plugin is another one."""
+        return {"cpu_plugin_here": not cpu_plugin_problem()}
+
     def _options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """``expert_lowering`` auto: fused where the CPU plugin is.
 

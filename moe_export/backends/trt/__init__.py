@@ -1,0 +1,2 @@
+"""What the targets ``tensorrt-rtx`` and ``tensorrt`` share: profiles, the child process that builds,
+recipes."""

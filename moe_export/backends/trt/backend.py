@@ -1,0 +1,146 @@
+"""The half of a TensorRT target that writes: the lowered ONNX model, and its plans or the recipe for them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moe_export.errors import EnvironmentLacksError, UsageError
+from moe_export.passes.base import PassContext
+from moe_export.schema import Decision, EngineFile, Limits, to_json
+from moe_export.sms import check_dtype, check_sms, sms_of
+
+from ...schema import DTYPES
+from ..base import MODEL_FILE, Backend, Plans, write_onnx
+from . import build_engine
+from .child import run_builder
+from .library import DRIVER, INSTALL, MODULES, library_problem, library_version
+from .profiles import Profile, make_profiles
+
+SCRIPT = "build_engine.py"
+MOST_TOP_K = 3840
+"""TensorRT's TopK takes no larger K."""
+
+
+class TensorRtBackend(Backend):
+    """One ONNX model, lowered to what TensorRT's parser imports, and one plan per SM."""
+
+    def __init__(self, name: str, summary: str, *, needs_gpu: bool) -> None:
+        """``needs_gpu``: plans are built on the GPU that they are for."""
+        self.name = name
+        self.summary = summary
+        self._needs_gpu = needs_gpu
+
+    def environment(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """What of this machine decides what a bundle holds: the SMs, the library, whether plans are built
+        here.
+
+        Raises:
+            UsageError: ``sm`` was not given and no GPU here says which; or the GPU's SM is none of this
+            target's.
+            EnvironmentLacksError: the target cannot be built here.
+        """
+        problem = library_problem(self.name)
+        if problem and not self._needs_gpu:
+            raise EnvironmentLacksError(f"target {self.name}: {problem}")
+        here = build_engine.gpu_sm()
+        if options.get("sm") is None and here is None:
+            raise UsageError(
+                f"sm: no NVIDIA GPU here to build for; say which with --sm, as in --sm 89; choices: "
+                f"{', '.join(str(n) for n in sms_of(self.name))}"
+            )
+        sms = check_sms(self.name, options.get("sm") or (here,))
+        check_dtype(self.name, str(options.get("dtype", "float32")), sms, DTYPES)
+        return {
+            "sm": list(sms),
+            "library": None if problem else library_version(self.name),
+            "lacks": self._lacks(sms),
+        }
+
+    def _lacks(self, sms: tuple[int, ...]) -> str:
+        """Why the plans cannot be built on this machine; empty: they can."""
+        if not self._needs_gpu:
+            return ""
+        here = build_engine.gpu_sm()
+        missing = [library_problem(self.name)]
+        if here is None:
+            missing.append("no NVIDIA GPU (TensorRT times kernels on the GPU it builds for)")
+        elif here not in sms:
+            missing.append(f"the GPU here is SM{here}")
+        return "; ".join(part for part in missing if part)
+
+    def _check(self, context: PassContext) -> None:
+        for layer in context.layers:
+            if layer.top_k > MOST_TOP_K:
+                raise UsageError(
+                    f"MoE layer {layer.name!r} chooses {layer.top_k} experts per token; TensorRT's TopK "
+                    "takes at "
+                    f"most {MOST_TOP_K}; build for onnxruntime or portable"
+                )
+
+    def _write(self, context: PassContext, folder: Path) -> Plans:
+        options = context.options
+        sms = tuple(int(n) for n in options["sm"])
+        limits = Limits(options["max_batch"], options["max_sequence"])
+        profiles = make_profiles(context.io, limits)
+        write_onnx(context, folder)
+        recipe = self._recipe(context, sms, profiles)
+        lacks = self._lacks(sms)
+        if not lacks:
+            engines = run_builder(recipe, folder)
+            context.decisions += [_decision(engine) for engine in engines]
+            missing = sorted(set(sms) - {engine.sm for engine in engines})
+            if not missing:
+                return Plans(sms, engines, "ready")
+            lacks = f"the GPU here is no SM{', SM'.join(str(n) for n in missing)}"
+        else:
+            engines = ()
+        shutil.copyfile(build_engine.__file__, folder / SCRIPT)
+        (folder / build_engine.RECIPE).write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
+        context.notes.append(self._left(sms, engines, lacks))
+        return Plans(sms, engines, "needs-gpu-build")
+
+    def _left(self, sms: tuple[int, ...], engines: tuple[EngineFile, ...], lacks: str) -> str:
+        plans = ", ".join(f"SM{n}" for n in sms if n not in {engine.sm for engine in engines})
+        return (
+            f"no finished engine: the plans for {plans} are not built, because this machine lacks what it "
+            "takes: "
+            f"{lacks}. Left to do, on a machine with that GPU and `{INSTALL[self.name]}`: python {SCRIPT} "
+            "in the "
+            "bundle's folder"
+        )
+
+    def _recipe(
+        self, context: PassContext, sms: tuple[int, ...], profiles: tuple[Profile, ...]
+    ) -> dict[str, Any]:
+        return {
+            "library": MODULES[self.name],
+            "model": MODEL_FILE,
+            "sms": list(sms),
+            "plans": {str(n): plan_name(n) for n in sms},
+            "driver": DRIVER,
+            "profiles": [profile.to_json() for profile in profiles],
+            "inputs": to_json(context.io.inputs),
+            "outputs": to_json(context.io.outputs),
+            "plugins": list(context.options.get("plugins", ())),
+        }
+
+
+def plan_name(sm: int) -> str:
+    """File of the plan for an SM."""
+    return f"model.sm{sm}.plan"
+
+
+def _decision(engine: EngineFile) -> Decision:
+    kinds = ", ".join(f"{kind} x{count}" for kind, count in sorted(engine.layer_kinds.items()))
+    return Decision(
+        f"plan for SM{engine.sm}",
+        f"{engine.layers} layers: {kinds}",
+        f"built by {engine.library} {engine.version} in {engine.build_seconds:.1f} s; weights "
+        f"{engine.weight_bytes / 2**20:.1f} MiB, activations {engine.activation_bytes / 2**20:.1f} MiB at "
+        "the largest "
+        "shapes; products of float32 without TF32; not run on a GPU",
+    )
