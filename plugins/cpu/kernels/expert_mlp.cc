@@ -2,10 +2,10 @@
 
 #include <algorithm>
 #include <cstring>
-#include <limits>
 
 #include "kernels/expert_plan.h"
 #include "kernels/micro_kernels.h"
+#include "kernels/panel_bias.h"
 #include "kernels/panel_product.h"
 
 namespace moe_export::cpu {
@@ -21,68 +21,6 @@ constexpr int64_t kSeparateOutputs = int64_t{1} << 18;
 constexpr int64_t kBytesPerWorker = int64_t{1} << 17;
 constexpr int64_t kProductsPerWorker = int64_t{1} << 20;
 
-constexpr int64_t kCacheLine = 64;
-
-int64_t RoundUp(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
-
-std::string Complain(const char* name, int64_t value, const char* expected) {
-  return std::string(name) + " is " + std::to_string(value) + "; expected " + expected;
-}
-
-// a * b * ..., or -1 when it does not fit.
-int64_t Product(std::initializer_list<int64_t> factors) {
-  int64_t product = 1;
-  for (const int64_t factor : factors) {
-    if (__builtin_mul_overflow(product, factor, &product)) return -1;
-  }
-  return product;
-}
-
-std::string Check(const ExpertMlpArgs& args) {
-  if (args.tokens < 0) return Complain("tokens", args.tokens, "0 or more");
-  if (args.top_k < 0) return Complain("top_k", args.top_k, "0 or more");
-  if (args.num_experts < 1) return Complain("num_experts", args.num_experts, "1 or more");
-  if (args.num_experts > std::numeric_limits<int32_t>::max()) {
-    return Complain("num_experts", args.num_experts, "less than 2^31");
-  }
-  if (args.hidden_size < 1) return Complain("hidden_size", args.hidden_size, "1 or more");
-  if (args.intermediate_size < 1) return Complain("intermediate_size", args.intermediate_size, "1 or more");
-  const int64_t limit = std::numeric_limits<int64_t>::max() / 64;
-  for (const int64_t elements : {Product({args.tokens, args.hidden_size}), Product({args.tokens, args.top_k}),
-                                 Product({args.num_experts, args.hidden_size, args.intermediate_size})}) {
-    if (elements < 0 || elements > limit) return "the shapes are too large";
-  }
-  if (args.activation == Activation::kClampedSwiglu && !args.gated)
-    return "clamped_swiglu needs gated weights";
-  if (args.up == nullptr) return "up is null";
-  if (args.down == nullptr) return "down is null";
-  if (args.tokens > 0) {
-    if (args.hidden == nullptr) return "hidden is null";
-    if (args.out == nullptr) return "out is null";
-    if (args.top_k > 0 && args.expert_ids == nullptr) return "expert_ids is null";
-    if (args.top_k > 0 && args.routing == nullptr) return "routing weights are null";
-  }
-  return "";
-}
-
-// Cuts one allocation into aligned arrays. Used twice: once to add up, once to hand out.
-class Arena {
- public:
-  explicit Arena(char* base) : base_(base) {}
-
-  template <typename T>
-  T* Take(int64_t count) {
-    char* at = base_ == nullptr ? nullptr : base_ + used_;
-    used_ += RoundUp(count * static_cast<int64_t>(sizeof(T)), kCacheLine);
-    return reinterpret_cast<T*>(at);
-  }
-  int64_t Used() const { return used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
-
 class Layer {
  public:
   Layer(const ExpertMlpArgs& args, const KernelTable& kernels, ParallelFor& pool)
@@ -93,9 +31,22 @@ class Layer {
            args.hidden_size,
            args.intermediate_size * (args.gated ? 2 : 1),
            args.gated,
-           args.layout};
-    down_ = {args.down, args.weight_dtype, args.form, args.intermediate_size, args.hidden_size,
-             false,     args.layout};
+           args.layout,
+           args.code_bits,
+           args.block,
+           args.up_scales};
+    down_ = {args.down,
+             args.weight_dtype,
+             args.form,
+             args.intermediate_size,
+             args.hidden_size,
+             false,
+             args.layout,
+             args.code_bits,
+             args.block,
+             args.down_scales};
+    up_bias_ = {args.up_bias, args.bias_dtype};
+    down_bias_ = {args.down_bias, args.bias_dtype};
   }
 
   std::string Run(ScratchAllocator& scratch) {
@@ -117,31 +68,13 @@ class Layer {
   }
 
  private:
-  static char* AllocateAligned(ScratchAllocator& scratch, int64_t bytes) {
-    void* raw = scratch.Allocate(static_cast<size_t>(bytes + kCacheLine));
-    if (raw == nullptr) return nullptr;
-    const uintptr_t address = reinterpret_cast<uintptr_t>(raw);
-    return static_cast<char*>(raw) + (kCacheLine - address % kCacheLine) % kCacheLine;
-  }
-
-  template <typename Layout>
-  static std::string Allocate(ScratchAllocator& scratch, Layout&& layout) {
-    Arena measure(nullptr);
-    layout(measure);
-    char* base = AllocateAligned(scratch, std::max<int64_t>(measure.Used(), 1));
-    if (base == nullptr) return "no memory for " + std::to_string(measure.Used()) + " bytes of scratch";
-    Arena arena(base);
-    layout(arena);
-    return "";
-  }
-
   std::string Sort(ScratchAllocator& scratch) {
     const int64_t all = args_.tokens * args_.top_k;
-    std::string error = Allocate(scratch, [&](Arena& arena) {
-      sorted_.token = arena.Take<int64_t>(all);
-      sorted_.weight = arena.Take<float>(all);
-      sorted_.offsets = arena.Take<int64_t>(args_.num_experts + 1);
-      pieces_ = arena.Take<Piece>(args_.num_experts);
+    std::string error = AllocateArrays(scratch, [&](ArrayCutter& arrays) {
+      sorted_.token = arrays.Take<int64_t>(all);
+      sorted_.weight = arrays.Take<float>(all);
+      sorted_.offsets = arrays.Take<int64_t>(args_.num_experts + 1);
+      pieces_ = arrays.Take<Piece>(args_.num_experts);
     });
     if (error.empty()) {
       SortAssignments(args_.expert_ids, args_.routing, args_.tokens, args_.top_k, args_.num_experts,
@@ -167,7 +100,7 @@ class Layer {
     }
     block_rows_ = std::min(kRowBlock, most_rows);
     const int64_t elements = (up_.columns + args_.intermediate_size) * args_.hidden_size;
-    const int64_t bytes = active * elements * static_cast<int64_t>(SizeOf(args_.weight_dtype));
+    const int64_t bytes = active * elements * up_.StepBytes() / kPanelColumns;
     const int64_t useful = std::max(bytes / kBytesPerWorker, sorted_.count * elements / kProductsPerWorker);
     workers_ = std::clamp<int64_t>(useful, 1, std::max(pool_.threads(), 1));
 
@@ -178,13 +111,13 @@ class Layer {
 
   std::string AllocateBuffers(ScratchAllocator& scratch) {
     const bool convert = args_.activation_dtype != DType::kFloat32;
-    std::string error = Allocate(scratch, [&](Arena& arena) {
-      hidden_copy_ = arena.Take<float>(convert ? args_.tokens * hidden_stride_ : 0);
-      out_copy_ = arena.Take<float>(convert ? args_.tokens * args_.hidden_size : 0);
-      act_ = arena.Take<float>(sorted_.count == 0 ? 0 : slab_rows_ * act_stride_);
-      outputs_ = arena.Take<float>(separate_ && sorted_.count > 0 ? slab_rows_ * out_stride_ : 0);
+    std::string error = AllocateArrays(scratch, [&](ArrayCutter& arrays) {
+      hidden_copy_ = arrays.Take<float>(convert ? args_.tokens * hidden_stride_ : 0);
+      out_copy_ = arrays.Take<float>(convert ? args_.tokens * args_.hidden_size : 0);
+      act_ = arrays.Take<float>(sorted_.count == 0 ? 0 : slab_rows_ * act_stride_);
+      outputs_ = arrays.Take<float>(separate_ && sorted_.count > 0 ? slab_rows_ * out_stride_ : 0);
       worker_floats_ = RoundUp(block_rows_ * kTileColumns + kPanelScratch + kPanelColumns, 16);
-      worker_scratch_ = arena.Take<float>(sorted_.count == 0 ? 0 : workers_ * worker_floats_);
+      worker_scratch_ = arrays.Take<float>(sorted_.count == 0 ? 0 : workers_ * worker_floats_);
     });
     if (!error.empty()) return error;
     hidden_ = convert ? hidden_copy_ : static_cast<const float*>(args_.hidden);
@@ -229,50 +162,6 @@ class Layer {
     });
   }
 
-  // Bias of `columns` of one expert's panel as kPanelColumns floats; null where there is none.
-  template <typename ColumnOf>
-  const float* PanelBias(const void* bias, int64_t offset, int64_t columns, ColumnOf column_of,
-                         float* to) const {
-    if (bias == nullptr) return nullptr;
-    for (int64_t j = 0; j < kPanelColumns; ++j) {
-      const int64_t column = column_of(j);
-      to[j] = column < 0 || column >= columns ? 0.0f : BiasElement(bias, offset + column);
-    }
-    return to;
-  }
-
-  float BiasElement(const void* bias, int64_t at) const {
-    switch (args_.bias_dtype) {
-      case DType::kFloat32:
-        return static_cast<const float*>(bias)[at];
-      case DType::kFloat16:
-        return ToFloat(static_cast<const Float16*>(bias)[at]);
-      case DType::kBFloat16:
-        break;
-    }
-    return ToFloat(static_cast<const BFloat16*>(bias)[at]);
-  }
-
-  const float* UpBias(int64_t expert, int64_t panel, float* to) const {
-    const int64_t pairs = args_.intermediate_size;
-    return PanelBias(
-        args_.up_bias, expert * up_.columns, up_.columns,
-        [&](int64_t j) -> int64_t {
-          if (!up_.gated) return panel * kPanelColumns + j;
-          const int64_t pair = panel * kPanelPairs + j % kPanelPairs;
-          const int64_t is_up = j / kPanelPairs;
-          if (pair >= pairs) return -1;
-          return up_.layout == GateLayout::kInterleaved ? 2 * pair + is_up : is_up * pairs + pair;
-        },
-        to);
-  }
-
-  const float* DownBias(int64_t expert, int64_t panel, float* to) const {
-    return PanelBias(
-        args_.down_bias, expert * args_.hidden_size, args_.hidden_size,
-        [&](int64_t j) { return panel * kPanelColumns + j; }, to);
-  }
-
   // Runs function(worker, piece, panel, next panel or -1) for all pairs of pieces and panels.
   template <typename Function>
   void ForPieces(int64_t panels, Function&& function) {
@@ -291,7 +180,7 @@ class Layer {
   void UpRegion() {
     const int64_t width = args_.gated ? kPanelPairs : kPanelColumns;
     ForPieces(up_.Panels(), [&](int64_t worker, const Piece& piece, int64_t panel, int64_t next_panel) {
-      const float* bias = UpBias(piece.expert, panel, BiasScratch(worker));
+      const float* bias = PanelBias(up_bias_, up_, piece.expert, panel, BiasScratch(worker));
       const void* next = next_panel < 0 ? nullptr : PanelAddress(up_, piece.expert, next_panel);
       const RowSource rows{hidden_, hidden_stride_, sorted_.token};
       float* c = Products(worker);
@@ -310,7 +199,7 @@ class Layer {
   // One panel of the outputs of one piece; consume(row, products) for each row.
   template <typename Consume>
   void DownPanel(int64_t worker, const Piece& piece, int64_t panel, const void* next, Consume&& consume) {
-    const float* bias = DownBias(piece.expert, panel, BiasScratch(worker));
+    const float* bias = PanelBias(down_bias_, down_, piece.expert, panel, BiasScratch(worker));
     const RowSource rows{act_, act_stride_, nullptr};
     float* c = Products(worker);
     for (int64_t begin = piece.begin; begin < piece.end; begin += block_rows_) {
@@ -389,6 +278,8 @@ class Layer {
   ParallelFor& pool_;
   MatrixStack up_;
   MatrixStack down_;
+  BiasStack up_bias_;
+  BiasStack down_bias_;
 
   SortedAssignments sorted_;
   Piece* pieces_ = nullptr;
@@ -416,7 +307,7 @@ class Layer {
 }  // namespace
 
 std::string ExpertMlp(const ExpertMlpArgs& args, ParallelFor& pool, ScratchAllocator& scratch) {
-  if (std::string error = Check(args); !error.empty()) return error;
+  if (std::string error = CheckExpertMlpArgs(args); !error.empty()) return error;
   const char* error = nullptr;
   const KernelTable* kernels = SelectKernels(&error);
   if (kernels == nullptr) return error;

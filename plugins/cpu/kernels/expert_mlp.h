@@ -10,12 +10,12 @@
 #ifndef MOE_EXPORT_PLUGINS_CPU_KERNELS_EXPERT_MLP_H_
 #define MOE_EXPORT_PLUGINS_CPU_KERNELS_EXPERT_MLP_H_
 
-#include <cstddef>
 #include <cstdint>
 #include <string>
 
 #include "kernels/dtype.h"
 #include "kernels/parallel.h"
+#include "kernels/scratch.h"
 
 namespace moe_export::cpu {
 
@@ -42,29 +42,23 @@ enum class WeightForm {
 inline constexpr int64_t kPanelColumns = 64;
 inline constexpr int64_t kPanelPairs = 32;
 
+// Steps of the depth whose 4-bit codes of one column share a word of 32 bits.
+inline constexpr int64_t kWordSteps = 8;
+
+// Quantised weights (`code_bits` 8 or 4) are packed, too: a weight is a signed code times the scale of its
+// block of `block` steps of the depth. `moe_export/ops/quantized_packing.py` writes this layout.
+//
+// 8 bits: int8, in the place of the weights above: up [E, U, H, 64], down [E, D, I, 64].
+// 4 bits: words of 32 bits, up [E, U, H / 8, 64], down [E, D, I / 8, 64]: step k of the depth is nibble k % 8
+// of word k / 8 of its column, counted from the lowest bits, in two's complement.
+// Scales: float32, up [E, U, H / block, 64], down [E, D, I / block, 64].
+
 // Number of panels of packed weights; U (gated or not) and D above.
 constexpr int64_t UpPanels(int64_t intermediate, bool gated) {
   const int64_t per_panel = gated ? kPanelPairs : kPanelColumns;
   return (intermediate + per_panel - 1) / per_panel;
 }
 constexpr int64_t DownPanels(int64_t hidden) { return (hidden + kPanelColumns - 1) / kPanelColumns; }
-
-// Where the kernel gets memory that it needs during one call.
-//
-// Allocate() is called a few times per call, from the calling thread only, with sizes that depend on the
-// shapes. The memory must stay valid until ExpertMlp() returns; the kernel never frees it. No alignment is
-// needed. An arena that keeps its memory between calls is much faster than malloc, whose large blocks are
-// unmapped again.
-class ScratchAllocator {
- public:
-  ScratchAllocator() = default;
-  ScratchAllocator(const ScratchAllocator&) = delete;
-  ScratchAllocator& operator=(const ScratchAllocator&) = delete;
-  virtual ~ScratchAllocator() = default;
-
-  // `bytes` > 0. Returns nullptr when there is no memory. Must not throw.
-  virtual void* Allocate(size_t bytes) = 0;
-};
 
 struct ExpertMlpArgs {
   // Dense, row-major. Pointers of tensors with no element may be null.
@@ -75,6 +69,8 @@ struct ExpertMlpArgs {
   const void* down = nullptr;           // `weight_dtype`, shape by `form`
   const void* up_bias = nullptr;        // [E, 2I or I], `bias_dtype`, columns as `layout` says; null: none
   const void* down_bias = nullptr;      // [E, H], `bias_dtype`; null: none
+  const float* up_scales = nullptr;     // with codes: shape above
+  const float* down_scales = nullptr;   // with codes: shape above
   void* out = nullptr;                  // [T, H], `activation_dtype`; must not overlap an input
 
   int64_t tokens = 0;             // T >= 0
@@ -87,6 +83,8 @@ struct ExpertMlpArgs {
   DType weight_dtype = DType::kFloat32;
   DType bias_dtype = DType::kFloat32;
   WeightForm form = WeightForm::kOutIn;
+  int code_bits = 0;   // 8 or 4: quantised weights, and `weight_dtype` says nothing; 0: floats
+  int64_t block = 32;  // with codes: steps of the depth that share a scale; a multiple of 8, divides H and I
 
   Activation activation = Activation::kSilu;
   bool gated = true;
@@ -94,6 +92,10 @@ struct ExpertMlpArgs {
   float alpha = 1.702f;  // kClampedSwiglu: factor in the sigmoid
   float limit = 7.0f;    // kClampedSwiglu: clamp
 };
+
+// What is wrong with the arguments (which one, its value, what was expected), or empty. ExpertMlp() asks this
+// itself.
+std::string CheckExpertMlpArgs(const ExpertMlpArgs& args);
 
 // Computes `out`. All sums are in float32, in an order that depends on the shapes and ids only, never on
 // which thread did what, so equal inputs give equal bits.

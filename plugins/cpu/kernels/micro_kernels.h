@@ -31,6 +31,10 @@ inline constexpr int kDotRows = 4 * kTileRows;
 // Number of element types; the tables below are indexed by static_cast<int>(DType).
 inline constexpr int kDTypes = 3;
 
+// Kinds of codes: the tables of code kernels are indexed by CodeIndex().
+inline constexpr int kCodeKinds = 2;
+constexpr int CodeIndex(int bits) { return bits == 8 ? 0 : 1; }
+
 struct KernelTable {
   const char* name;
 
@@ -44,6 +48,16 @@ struct KernelTable {
   // c[r][j] = sum over k < depth of a[r][k] * b[j * stride + k], for r < rows <= kDotRows, j < columns.
   void (*dot[kDTypes])(int rows, const float* const* a, const void* b, int64_t stride, int64_t columns,
                        int64_t depth, float* c);
+
+  // The same product with a packed panel of codes: c[r][j] = (accumulate ? c[r][j] : 0) + sum over k < depth of
+  // a[r][k] * code[k][j] * scales[k / block * kTileColumns + j], for r < rows <= kTileRows. `depth` is a
+  // multiple of `block`, `block` one of 8. Prefetches a few kilobytes ahead in codes and scales.
+  void (*code_tile[kCodeKinds])(int rows, const float* const* a, const void* codes, const float* scales,
+                                int64_t block, int64_t depth, float* c, bool accumulate);
+
+  // panel[k * kTileColumns + j] = code[k][j] * scales[k / block * kTileColumns + j] for k < depth.
+  void (*decode[kCodeKinds])(const void* codes, const float* scales, int64_t block, int64_t depth,
+                             float* panel);
 
   // panel[k * kTileColumns + j] = b[j * stride + k] for k < depth, j < columns.
   void (*transpose[kDTypes])(const void* b, int64_t stride, int64_t columns, int64_t depth, float* panel);

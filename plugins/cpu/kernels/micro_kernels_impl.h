@@ -4,16 +4,13 @@
 #ifndef MOE_EXPORT_PLUGINS_CPU_KERNELS_MICRO_KERNELS_IMPL_H_
 #define MOE_EXPORT_PLUGINS_CPU_KERNELS_MICRO_KERNELS_IMPL_H_
 
+#include "kernels/code_kernels_impl.h"
 #include "kernels/micro_kernels.h"
+#include "kernels/register_tile.h"
 #include "kernels/simd.h"
 
 namespace moe_export::cpu {
 namespace {
-
-// Into the second-level cache: what is prefetched is needed some kilobytes later, or by the next block of
-// tiles.
-inline void PrefetchAhead(const char* p) { __builtin_prefetch(p, 0, 2); }
-inline void PrefetchLine(const char* p) { __builtin_prefetch(p, 0, 3); }
 
 // Both halves of a row that comes soon, for rows that lie far apart.
 template <typename T>
@@ -26,14 +23,6 @@ inline __attribute__((always_inline)) void PrefetchRow(const T* p0, const T* p1,
     PrefetchLine(c0 + line);
     PrefetchLine(c1 + line);
   }
-}
-
-// Vectors of columns that a tile of `rows` rows holds in registers at a time: a power of two.
-constexpr int VectorsFor(int rows) {
-  int vectors = 1;
-  while (vectors * 2 * rows <= kAccumulators && vectors * 2 * kLanes <= kTileColumns && vectors < 8)
-    vectors *= 2;
-  return vectors;
 }
 
 // One step of the depth: kRows x kVectors accumulators. The columns start at `column`; those from
@@ -386,6 +375,8 @@ constexpr KernelTable MakeTable(const char* name) {
       name,
       {Tile<float>, Tile<Float16>, Tile<BFloat16>},
       {Dot<float>, Dot<Float16>, Dot<BFloat16>},
+      {CodeTile<8>, CodeTile<4>},
+      {Decode<8>, Decode<4>},
       {Transpose<float>, Transpose<Float16>, Transpose<BFloat16>},
       {Widen<float>, Widen<Float16>, Widen<BFloat16>},
       {Narrow<float>, Narrow<Float16>, Narrow<BFloat16>},

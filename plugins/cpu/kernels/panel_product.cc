@@ -18,10 +18,13 @@ enum class Path {
   kTile,     // the tile reads them where they are
   kDot,      // dot products along contiguous columns
   kScratch,  // a block of the depth is copied as a float32 panel first
+  kCodes,    // the tile reads codes and scales where they are
 };
 
 // From this many rows on, float16 and bfloat16 panels are widened once instead of in every tile.
 constexpr int64_t kWidenFrom = 2 * kTileRows + 1;
+// Up to this many rows, codes are converted in the tile, from there on once per block.
+constexpr int64_t kCodesUpTo = kTileRows;
 // Up to this many rows, columns that lie contiguously are multiplied as dot products.
 constexpr int64_t kDotUpTo = kDotRows;
 // Bytes that a tile which streams its panel from memory prefetches ahead.
@@ -58,7 +61,9 @@ class PanelProduct {
         size_(static_cast<int64_t>(SizeOf(stack.dtype))) {
     matrix_ = static_cast<const char*>(stack.data);
     if (stack.form == WeightForm::kPacked) {
-      matrix_ += (expert * stack.Panels() + panel) * stack.depth * kPanelColumns * size_;
+      const int64_t index = expert * stack.Panels() + panel;
+      matrix_ += index * stack.depth * stack.StepBytes();
+      if (stack.code_bits != 0) scales_ = stack.scales + index * (stack.depth / stack.block) * kPanelColumns;
     } else {
       matrix_ += expert * stack.depth * stack.columns * size_;
       // Rows of both gate and up are read as they lie, 64 columns at a time, and separated afterwards.
@@ -75,6 +80,10 @@ class PanelProduct {
     for (int64_t k = 0; k < stack_.depth; k += kDepthBlock) {
       const int64_t depth = std::min(kDepthBlock, stack_.depth - k);
       Source source = path == Path::kTile ? InPlace(k) : Copied(k, depth, scratch);
+      if (path == Path::kCodes) {
+        RunCodes(rows, first, count, k, depth, c);
+        continue;
+      }
       const bool last = k + depth == stack_.depth;
       if (stack_.form == WeightForm::kPacked) source.next = last ? next : InPlace(k + depth).b0;
       RunTiles(source, rows, first, count, k, depth, tiles, c);
@@ -94,6 +103,7 @@ class PanelProduct {
   Path ChoosePath(int64_t count) const {
     switch (stack_.form) {
       case WeightForm::kPacked:
+        if (stack_.code_bits != 0) return count <= kCodesUpTo ? Path::kCodes : Path::kScratch;
         return stack_.dtype != DType::kFloat32 && count >= kWidenFrom ? Path::kScratch : Path::kTile;
       case WeightForm::kOutIn:
         return count <= kDotUpTo ? Path::kDot : Path::kScratch;
@@ -116,7 +126,7 @@ class PanelProduct {
     Source source;
     source.type = type_;
     if (stack_.form == WeightForm::kPacked) {
-      source.b0 = matrix_ + k * kPanelColumns * size_;
+      source.b0 = matrix_ + k * stack_.StepBytes();
       source.b1 = static_cast<const char*>(source.b0) + kHalfColumns * size_;
     } else {
       source.b0 = Element(k, halves_[0].first);
@@ -130,6 +140,10 @@ class PanelProduct {
     Source source;
     source.b0 = scratch;
     source.b1 = scratch + kHalfColumns;
+    if (stack_.code_bits != 0) {
+      kernels_.decode[CodeIndex(stack_.code_bits)](Codes(k), Scales(k), stack_.block, depth, scratch);
+      return source;
+    }
     if (stack_.form == WeightForm::kPacked) {
       kernels_.widen[type_](matrix_ + k * kPanelColumns * size_, scratch, depth * kPanelColumns);
       return source;
@@ -156,6 +170,18 @@ class PanelProduct {
     return source;
   }
 
+  const void* Codes(int64_t k) const { return matrix_ + k * stack_.StepBytes(); }
+  const float* Scales(int64_t k) const { return scales_ + k / stack_.block * kPanelColumns; }
+
+  // One block of the depth, straight from the codes.
+  void RunCodes(const RowSource& rows, int64_t first, int64_t count, int64_t k, int64_t depth,
+                float* c) const {
+    const float* a[kTileRows];
+    for (int64_t r = 0; r < count; ++r) a[r] = rows.Row(first + r) + k;
+    kernels_.code_tile[CodeIndex(stack_.code_bits)](static_cast<int>(count), a, Codes(k), Scales(k),
+                                                    stack_.block, depth, c, k > 0);
+  }
+
   void RunTiles(const Source& source, const RowSource& rows, int64_t first, int64_t count, int64_t k,
                 int64_t depth, int64_t tiles, float* c) const {
     int64_t row = 0;
@@ -176,7 +202,7 @@ class PanelProduct {
   const void* Ahead(const Source& source, int64_t tiles, int64_t tile, int64_t depth, Prefetch* lines) const {
     if (stack_.form == WeightForm::kInOut && source.stride != kPanelColumns) *lines = Prefetch::kRowsAhead;
     if (stack_.form != WeightForm::kPacked) return nullptr;
-    const int64_t all = 4 * kPanelColumns * size_ / 64;
+    const int64_t all = std::max<int64_t>(4, 4 * stack_.StepBytes() / 64);
     if (tiles == 1) {
       *lines = static_cast<Prefetch>(all);
       return static_cast<const char*>(source.b0) + kStreamAhead;
@@ -223,6 +249,7 @@ class PanelProduct {
   const int type_;
   const int64_t size_;
   const char* matrix_ = nullptr;
+  const float* scales_ = nullptr;
   Half halves_[2] = {};
   bool mixed_ = false;
 };
@@ -237,9 +264,8 @@ void MultiplyPanel(const KernelTable& kernels, const MatrixStack& stack, int64_t
 
 const void* PanelAddress(const MatrixStack& stack, int64_t expert, int64_t panel) {
   if (stack.form != WeightForm::kPacked) return nullptr;
-  const int64_t size = static_cast<int64_t>(SizeOf(stack.dtype));
   return static_cast<const char*>(stack.data) +
-         (expert * stack.Panels() + panel) * stack.depth * kPanelColumns * size;
+         (expert * stack.Panels() + panel) * stack.depth * stack.StepBytes();
 }
 
 }  // namespace moe_export::cpu

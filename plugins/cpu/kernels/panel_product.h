@@ -20,10 +20,17 @@ struct MatrixStack {
   int64_t columns = 0;  // 2I when gated
   bool gated = false;   // a panel is kPanelPairs gate columns, then their up columns
   GateLayout layout = GateLayout::kConcatenated;
+  int code_bits = 0;   // 8 or 4: `data` holds codes, packed; `dtype` says nothing
+  int64_t block = 0;   // with codes: steps of the depth that share a scale
+  const float* scales = nullptr;
 
   int64_t Panels() const {
     const int64_t per_panel = gated ? 2 * kPanelPairs : kPanelColumns;
     return (columns + per_panel - 1) / per_panel;
+  }
+  // Bytes of one step of the depth of a panel, scales left out.
+  int64_t StepBytes() const {
+    return kPanelColumns * (code_bits != 0 ? code_bits : 8 * static_cast<int64_t>(SizeOf(dtype))) / 8;
   }
 };
 

@@ -38,6 +38,9 @@ inline Vec Load(const BFloat16* p) {
 inline Vec Load(const Float16* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
+inline Vec Load(const int8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
 inline void StoreVec(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 inline Vec Add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec Sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -59,6 +62,19 @@ inline Vec IfNegative(Vec a, Vec x, Vec y) {
 inline Vec Abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
 inline float Sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 
+// kLanes words of eight 4-bit codes; Nibble(w, 0), Nibble(w, 1), ... must be taken in this order.
+struct Words {
+  __m512i v;
+};
+inline Words LoadWords(const void* p) { return {_mm512_loadu_si512(p)}; }
+inline Vec Nibble(Words* words, int) {
+  // A permutation looks at the lowest four bits of each index: the code itself finds its value.
+  const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+  const Vec value = {_mm512_permutexvar_ps(words->v, values)};
+  words->v = _mm512_srli_epi32(words->v, 4);
+  return value;
+}
+
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
 constexpr int kLanes = 8;
@@ -75,6 +91,9 @@ inline Vec Load(const BFloat16* p) {
 }
 inline Vec Load(const Float16* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+inline Vec Load(const int8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
 }
 inline void StoreVec(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
 inline Vec Add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
@@ -96,6 +115,15 @@ inline float Sum(Vec a) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
+struct Words {
+  __m256i v;
+};
+inline Words LoadWords(const void* p) { return {_mm256_loadu_si256(static_cast<const __m256i*>(p))}; }
+inline Vec Nibble(Words* words, int step) {
+  const __m256i top = _mm256_slli_epi32(words->v, 28 - 4 * step);
+  return {_mm256_cvtepi32_ps(_mm256_srai_epi32(top, 28))};
 }
 
 #else
@@ -123,6 +151,9 @@ template <typename T>
 Vec Load(const T* p) {
   return {Native{ToFloat(p[0]), ToFloat(p[1]), ToFloat(p[2]), ToFloat(p[3])}};
 }
+inline Vec Load(const int8_t* p) {
+  return {__builtin_convertvector((NativeInt{p[0], p[1], p[2], p[3]}), Native)};
+}
 inline void StoreVec(float* p, Vec a) { std::memcpy(p, &a.v, sizeof(a.v)); }
 inline Vec Add(Vec a, Vec b) { return {a.v + b.v}; }
 inline Vec Sub(Vec a, Vec b) { return {a.v - b.v}; }
@@ -142,6 +173,23 @@ inline Vec PowerOfTwo(Vec shifted) {
 inline Vec IfNegative(Vec a, Vec x, Vec y) { return {Select(a.v < Native{0, 0, 0, 0}, x.v, y.v)}; }
 inline Vec Abs(Vec a) { return {(Native)((NativeInt)a.v & 0x7fffffff)}; }
 inline float Sum(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "4-bit codes are stored as little-endian words"
+#endif
+typedef uint32_t NativeWords __attribute__((vector_size(16)));
+struct Words {
+  NativeWords v;
+};
+inline Words LoadWords(const void* p) {
+  Words words;
+  std::memcpy(&words.v, p, sizeof(words.v));
+  return words;
+}
+inline Vec Nibble(Words* words, int step) {
+  const NativeInt top = (NativeInt)(words->v << static_cast<uint32_t>(28 - 4 * step));
+  return {__builtin_convertvector(top >> 28, Native)};
+}
 
 #endif
 

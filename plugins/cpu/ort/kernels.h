@@ -1,4 +1,4 @@
-// The five ops of the `moe_export` domain, version 1, as kernels for Op<>. Their contracts are in
+// The six ops of the `moe_export` domain, version 1, as kernels for Op<>. Their contracts are in
 // moe_export/ops.
 #ifndef MOE_EXPORT_PLUGINS_CPU_ORT_KERNELS_H_
 #define MOE_EXPORT_PLUGINS_CPU_ORT_KERNELS_H_
@@ -72,7 +72,26 @@ class CombineKernel {
   DType dtype_;
 };
 
-class ExpertMlpKernel {
+// What ExpertMLP and QuantizedExpertMLP have in common.
+class ExpertKernel {
+ protected:
+  ExpertKernel(const NodeInfo& node, const char* op, size_t first_bias);
+
+  // Inputs 0 to 2: hidden, expert_ids, weights.
+  void TakeTokens(const NodeRun& run, cpu::ExpertMlpArgs& args) const;
+  // Biases, output, and the kernel itself.
+  void Finish(const NodeRun& run, cpu::ExpertMlpArgs& args) const;
+
+  cpu::ExpertMlpArgs attributes_;
+
+ private:
+  void TakeBiases(const NodeRun& run, cpu::ExpertMlpArgs& args) const;
+
+  size_t first_bias_;
+  bool biased_;
+};
+
+class ExpertMlpKernel : ExpertKernel {
  public:
   static constexpr const char* kName = "ExpertMLP";
   static constexpr Port kInputs[] = {{"hidden", kOwnType},
@@ -90,10 +109,30 @@ class ExpertMlpKernel {
  private:
   void TakeWeights(const NodeRun& run, cpu::ExpertMlpArgs& args) const;
   void TakePackedWeights(const NodeRun& run, cpu::ExpertMlpArgs& args) const;
-  void TakeBiases(const NodeRun& run, cpu::ExpertMlpArgs& args) const;
+};
 
-  cpu::ExpertMlpArgs attributes_;
-  bool biased_;
+class QuantizedExpertMlpKernel : ExpertKernel {
+ public:
+  static constexpr const char* kName = "QuantizedExpertMLP";
+  static constexpr Port kInputs[] = {{"hidden", kOwnType},
+                                     {"expert_ids", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32},
+                                     {"weights", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT},
+                                     {"up_codes", kAnyType},
+                                     {"up_scales", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT},
+                                     {"down_codes", kAnyType},
+                                     {"down_scales", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT},
+                                     {"up_bias", kAnyType, true},
+                                     {"down_bias", kAnyType, true}};
+  static constexpr Port kOutputs[] = {{"out", kOwnType}};
+
+  explicit QuantizedExpertMlpKernel(const NodeInfo& node);
+  void Compute(const NodeRun& run) const;
+
+ private:
+  void CheckCodesType(const NodeInfo& node, size_t index, const char* name) const;
+  // Codes of input `index`, scales of the next one: E experts, `panels` panels, `depth` inputs.
+  void CheckStack(const NodeRun& run, size_t index, const char* codes_name, const char* scales_name,
+                  int64_t panels, const char* panels_why, int64_t depth, const char* depth_why) const;
 };
 
 }  // namespace moe_export::ort

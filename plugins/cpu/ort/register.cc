@@ -42,6 +42,7 @@ OrtStatus* MakeDomain(const OrtApi& api, OrtCustomOpDomain** domain) {
     made->Add<GroupedMatMulKernel>();
     made->Add<CombineKernel>();
     made->Add<ExpertMlpKernel>();
+    made->Add<QuantizedExpertMlpKernel>();
     return made.release();
   }();
   if (OrtStatus* status = api.CreateCustomOpDomain("moe_export", domain)) return status;
