@@ -5,6 +5,7 @@
 #include <new>
 #include <vector>
 
+#include "kernels/routing_kernels.h"
 #include "kernels/split.h"
 
 namespace moe_export::cpu {
@@ -41,29 +42,10 @@ std::string Sort(const DispatchArgs& args) {
   return "";
 }
 
-// A block of columns stays in registers or the first-level cache while the K rows are added.
-constexpr int64_t kColumns = 256;
-
-template <typename T>
-void CombineTokens(const CombineArgs& args, const std::vector<int64_t>& inverse, int64_t begin, int64_t end) {
-  const T* rows = static_cast<const T*>(args.rows);
-  T* out = static_cast<T*>(args.out);
-  for (int64_t t = begin; t < end; ++t) {
-    for (int64_t first = 0; first < args.hidden; first += kColumns) {
-      const int64_t width = std::min(kColumns, args.hidden - first);
-      float sums[kColumns] = {};
-      for (int64_t k = 0; k < args.top_k; ++k) {
-        const float weight = args.weights[t * args.top_k + k];
-        const T* row = rows + inverse[t * args.top_k + k] * args.hidden + first;
-        for (int64_t h = 0; h < width; ++h) sums[h] += weight * ToFloat(row[h]);
-      }
-      T* target = out + t * args.hidden + first;
-      for (int64_t h = 0; h < width; ++h) Store(sums[h], target + h);
-    }
-  }
-}
-
 std::string CombineAll(const CombineArgs& args, ParallelFor& pool) {
+  const char* isa_problem = nullptr;
+  const RoutingKernels* kernels = SelectRoutingKernels(&isa_problem);
+  if (kernels == nullptr) return isa_problem;
   const int64_t count = args.tokens * args.top_k;
   std::vector<int64_t> inverse(count, -1);
   for (int64_t m = 0; m < count; ++m) {
@@ -80,13 +62,13 @@ std::string CombineAll(const CombineArgs& args, ParallelFor& pool) {
   const int64_t tasks = TasksFor(pool, args.tokens, args.top_k * args.hidden, kWorkPerTask);
   RunTasks(pool, tasks, [&](int64_t task) {
     const auto [begin, end] = RowsOf(task, tasks, args.tokens);
-    switch (args.dtype) {
-      case DType::kFloat32:
-        return CombineTokens<float>(args, inverse, begin, end);
-      case DType::kFloat16:
-        return CombineTokens<Float16>(args, inverse, begin, end);
-      case DType::kBFloat16:
-        return CombineTokens<BFloat16>(args, inverse, begin, end);
+    const auto combine = kernels->combine[static_cast<int>(args.dtype)];
+    char* out = static_cast<char*>(args.out);
+    const int64_t row_bytes = args.hidden * static_cast<int64_t>(SizeOf(args.dtype));
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t first = t * args.top_k;
+      combine(args.rows, inverse.data() + first, args.weights + first, args.top_k, args.hidden,
+              out + t * row_bytes);
     }
   });
   return "";

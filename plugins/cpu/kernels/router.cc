@@ -2,10 +2,14 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
+#include <memory>
 #include <new>
 #include <vector>
 
+#include "kernels/micro_kernels.h"
+#include "kernels/routing_kernels.h"
 #include "kernels/split.h"
 
 namespace moe_export::cpu {
@@ -22,172 +26,87 @@ std::string Text(float value) {
   return std::to_string(value);
 }
 
-template <typename T>
-void Widen(const T* from, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = ToFloat(from[i]);
-}
-
 // `count` elements from element `begin` on, as float32.
 void Load(const void* data, DType dtype, int64_t begin, int64_t count, float* to) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return Widen(static_cast<const float*>(data) + begin, count, to);
-    case DType::kFloat16:
-      return Widen(static_cast<const Float16*>(data) + begin, count, to);
-    case DType::kBFloat16:
-      return Widen(static_cast<const BFloat16*>(data) + begin, count, to);
-  }
-}
-
-// Index of the first value that is no legal logit or bias, or -1.
-int64_t FirstBad(const float* values, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    if (!(values[i] < kInfinity)) return i;
-  }
-  return -1;
-}
-
-// Indices of the `count` largest of `values`, largest first, the lower index first among equals.
-void Largest(const float* values, int64_t size, int64_t count, int32_t* out) {
-  int64_t held = 0;
-  for (int64_t i = 0; i < size; ++i) {
-    const float value = values[i];
-    if (held == count && !(value > values[out[held - 1]])) continue;
-    int64_t at = held < count ? held++ : count - 1;
-    for (; at > 0 && value > values[out[at - 1]]; --at) out[at] = out[at - 1];
-    out[at] = static_cast<int32_t>(i);
-  }
-}
-
-// In place. Sums are in double, the results are rounded to float32.
-void Softmax(float* values, int64_t count, double* scratch) {
-  const float highest = *std::max_element(values, values + count);
-  double sum = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    scratch[i] = std::exp(static_cast<double>(values[i]) - highest);
-    sum += scratch[i];
-  }
-  for (int64_t i = 0; i < count; ++i) values[i] = static_cast<float>(scratch[i] / sum);
-}
-
-void ToScores(Score score, float* values, int64_t count, double* scratch) {
-  switch (score) {
-    case Score::kSoftmax:
-      return Softmax(values, count, scratch);
-    case Score::kSigmoid:
-      for (int64_t i = 0; i < count; ++i) {
-        values[i] = static_cast<float>(1.0 / (1.0 + std::exp(-static_cast<double>(values[i]))));
-      }
-      return;
-    case Score::kSqrtSoftplus:
-      for (int64_t i = 0; i < count; ++i) {
-        const double x = values[i];
-        values[i] = static_cast<float>(std::sqrt(std::max(x, 0.0) + std::log1p(std::exp(-std::abs(x)))));
-      }
-      return;
-    case Score::kSoftmaxAfterTopK:
-      return;
-  }
-}
-
-// Memory of one task, and the first thing it found wrong.
-struct Workspace {
-  explicit Workspace(const RouterArgs& args)
-      : scores(args.experts),
-        selection(args.experts),
-        group_values(args.groups),
-        chosen_groups(args.chosen_groups),
-        keep(args.groups),
-        wide(args.experts) {}
-
-  enum class Problem { kNone, kLogit, kWeights };
-
-  Problem problem = Problem::kNone;
-  int64_t bad_token = 0;
-  int64_t bad_expert = 0;
-  float bad_value = 0;
-
-  std::vector<float> scores, selection, group_values;
-  std::vector<int32_t> chosen_groups;
-  std::vector<char> keep;
-  std::vector<double> wide;
-};
-
-void MaskGroups(const RouterArgs& args, Workspace& work) {
-  const int64_t size = args.experts / args.groups;
-  for (int64_t g = 0; g < args.groups; ++g) {
-    const float* values = work.selection.data() + g * size;
-    float first = -kInfinity;
-    float second = -kInfinity;
-    for (int64_t i = 0; i < size; ++i) {
-      if (values[i] > first) {
-        second = first;
-        first = values[i];
-      } else if (values[i] > second) {
-        second = values[i];
-      }
-    }
-    const bool pair = args.group_score == GroupScore::kTop2Sum && size > 1;
-    work.group_values[g] = pair ? first + second : first;
-  }
-  Largest(work.group_values.data(), args.groups, args.chosen_groups, work.chosen_groups.data());
-  std::fill(work.keep.begin(), work.keep.end(), char{0});
-  for (const int32_t g : work.chosen_groups) work.keep[g] = 1;
-  const float fill = args.group_mask == GroupMask::kZero ? 0.0f : -kInfinity;
-  for (int64_t g = 0; g < args.groups; ++g) {
-    if (!work.keep[g]) std::fill_n(work.selection.begin() + g * size, size, fill);
-  }
-}
-
-// Says in `work` what is wrong. No allocation, so nothing can be thrown in a task.
-void RouteToken(const RouterArgs& args, const std::vector<float>& bias, int64_t token, Workspace& work) {
-  float* scores = work.scores.data();
-  Load(args.logits, args.logits_dtype, token * args.experts, args.experts, scores);
-  if (const int64_t bad = FirstBad(scores, args.experts); bad >= 0) {
-    work.problem = Workspace::Problem::kLogit;
-    work.bad_token = token;
-    work.bad_expert = bad;
-    work.bad_value = scores[bad];
+  const char* from = static_cast<const char*>(data) + begin * static_cast<int64_t>(SizeOf(dtype));
+  if (dtype == DType::kFloat32) {
+    std::memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
     return;
   }
-  ToScores(args.score, scores, args.experts, work.wide.data());
-  const float* selection = scores;
-  if (!bias.empty() || args.groups > 1) {
-    std::copy_n(scores, args.experts, work.selection.data());
-    for (size_t e = 0; e < bias.size(); ++e) work.selection[e] += bias[e];
-    if (args.groups > 1) MaskGroups(args, work);
-    selection = work.selection.data();
-  }
-  int32_t* ids = args.expert_ids + token * args.top_k;
-  float* weights = args.weights + token * args.top_k;
-  Largest(selection, args.experts, args.top_k, ids);
-  for (int64_t k = 0; k < args.top_k; ++k) weights[k] = scores[ids[k]];
-  if (args.score == Score::kSoftmaxAfterTopK) Softmax(weights, args.top_k, work.wide.data());
-  double sum = 1.0;
-  if (args.renormalize) {
-    sum = 0;
-    for (int64_t k = 0; k < args.top_k; ++k) sum += weights[k];
-    sum += args.epsilon;
-  }
-  for (int64_t k = 0; k < args.top_k; ++k) {
-    weights[k] = static_cast<float>(weights[k] / sum) * args.scale;
-    if (!std::isfinite(weights[k])) {
-      work.problem = Workspace::Problem::kWeights;
-      work.bad_token = token;
-      return;
-    }
-  }
+  const char* error = nullptr;
+  SelectKernels(&error)->widen[static_cast<int>(dtype)](from, to, count);
 }
 
-std::string Describe(const Workspace& work) {
-  switch (work.problem) {
-    case Workspace::Problem::kNone:
+// Index of the first value that is no legal logit or bias; there is one.
+int64_t FirstBad(const float* values, int64_t count) {
+  return std::find_if(values, values + count, [](float value) { return !(value < kInfinity); }) - values;
+}
+
+// What one task found wrong first.
+struct Problem {
+  enum class Kind { kNone, kLogit, kWeights };
+
+  Kind kind = Kind::kNone;
+  int64_t token = 0;
+  int64_t expert = 0;
+  float value = 0;
+};
+
+// What the tokens of one call share.
+struct Shared {
+  const RouterArgs& args;
+  const RoutingKernels& kernels;
+  const float* bias;  // [E] or null
+};
+
+constexpr int64_t kLine = 16;  // Floats of a cache line.
+
+// Floats that RouteTask needs, whole cache lines: some rows of logits, and the kernel's scratch memory.
+int64_t TaskMemory(const RouterArgs& args) {
+  const int64_t floats = kMostLanes * args.experts + RouteScratch(args.experts, args.top_k, args.groups);
+  return (floats + kLine - 1) / kLine * kLine;
+}
+
+// Routes tokens [begin, end). No allocation, so nothing can be thrown in a task.
+Problem RouteTask(const Shared& shared, int64_t begin, int64_t end, float* memory) {
+  const RouterArgs& args = shared.args;
+  const int64_t experts = args.experts;
+  const int64_t at_once = shared.kernels.lanes;
+  float* scratch = memory + kMostLanes * experts;
+  const auto route = [&](const float* logits, int64_t token, int64_t rows) {
+    const int64_t at = token * args.top_k;
+    return shared.kernels.route(args, logits, rows, shared.bias, scratch, args.expert_ids + at,
+                                args.weights + at);
+  };
+  for (int64_t t = begin; t < end; t += at_once) {
+    const int64_t rows = std::min(at_once, end - t);
+    const float* logits = static_cast<const float*>(args.logits) + t * experts;
+    if (args.logits_dtype != DType::kFloat32) {
+      Load(args.logits, args.logits_dtype, t * experts, rows * experts, memory);
+      logits = memory;
+    }
+    if (!shared.kernels.below_infinity(logits, rows * experts)) {
+      const int64_t bad = FirstBad(logits, rows * experts);
+      return {Problem::Kind::kLogit, t + bad / experts, bad % experts, logits[bad]};
+    }
+    if (route(logits, t, rows)) continue;
+    // Again one by one, to name the token.
+    for (int64_t r = 0; r < rows; ++r) {
+      if (!route(logits + r * experts, t + r, 1)) return {Problem::Kind::kWeights, t + r, 0, 0.0f};
+    }
+  }
+  return {};
+}
+
+std::string Describe(const Problem& problem) {
+  switch (problem.kind) {
+    case Problem::Kind::kNone:
       return "";
-    case Workspace::Problem::kLogit:
-      return "logits[" + Text(work.bad_token) + ", " + Text(work.bad_expert) + "] is " +
-             Text(work.bad_value) + "; expected finite logits, or -inf for a masked expert";
-    case Workspace::Problem::kWeights:
-      return "logits of token " + Text(work.bad_token) +
+    case Problem::Kind::kLogit:
+      return "logits[" + Text(problem.token) + ", " + Text(problem.expert) + "] is " + Text(problem.value) +
+             "; expected finite logits, or -inf for a masked expert";
+    case Problem::Kind::kWeights:
+      return "logits of token " + Text(problem.token) +
              " give weights that are not finite: all are -inf, or the chosen scores sum to 0";
   }
   return "";
@@ -234,25 +153,35 @@ void DropBeyondCapacity(const RouterArgs& args) {
 
 std::string Route(const RouterArgs& args, ParallelFor& pool) {
   if (std::string problem = Check(args); !problem.empty()) return problem;
+  const char* isa_problem = nullptr;
+  const RoutingKernels* kernels = SelectRoutingKernels(&isa_problem);
+  if (kernels == nullptr) return isa_problem;
   std::vector<float> bias;
   if (args.bias != nullptr) {
-    bias.resize(args.experts);
+    bias.resize(static_cast<size_t>(args.experts));
     Load(args.bias, args.bias_dtype, 0, args.experts, bias.data());
-    if (const int64_t bad = FirstBad(bias.data(), args.experts); bad >= 0) {
+    if (!kernels->below_infinity(bias.data(), args.experts)) {
+      const int64_t bad = FirstBad(bias.data(), args.experts);
       return "selection_bias[" + Text(bad) + "] is " + Text(bias[bad]) + "; expected finite values, or -inf";
     }
   }
+  const Shared shared{args, *kernels, args.bias != nullptr ? bias.data() : nullptr};
   const int64_t tasks = TasksFor(pool, args.tokens, args.experts, kWorkPerTask);
-  std::vector<Workspace> workspaces(tasks, Workspace(args));
+  const int64_t task_memory = TaskMemory(args);
+  // Left as it is: every element is written before it is read.
+  const size_t floats = static_cast<size_t>(tasks * task_memory + kLine);
+  const std::unique_ptr<float[]> block(new float[floats]);
+  void* aligned = block.get();
+  size_t space = floats * sizeof(float);
+  const size_t needed = static_cast<size_t>(tasks * task_memory) * sizeof(float);
+  float* memory = static_cast<float*>(std::align(kLine * sizeof(float), needed, aligned, space));
+  std::vector<Problem> problems(static_cast<size_t>(tasks));
   RunTasks(pool, tasks, [&](int64_t task) {
     const auto [begin, end] = RowsOf(task, tasks, args.tokens);
-    Workspace& work = workspaces[task];
-    for (int64_t t = begin; t < end && work.problem == Workspace::Problem::kNone; ++t) {
-      RouteToken(args, bias, t, work);
-    }
+    problems[task] = RouteTask(shared, begin, end, memory + task * task_memory);
   });
-  for (const Workspace& work : workspaces) {
-    if (work.problem != Workspace::Problem::kNone) return Describe(work);
+  for (const Problem& problem : problems) {
+    if (problem.kind != Problem::Kind::kNone) return Describe(problem);
   }
   if (args.capacity > 0 && args.tokens > 0) DropBeyondCapacity(args);
   return "";
