@@ -12,7 +12,7 @@ from .base import Pass, PassContext
 from .expert_form import ExpertForm, find_form
 from .native_call import drop_unused, put_function
 from .native_choice import Choice, choose
-from .native_ops import inline_bodies, lowered, remaining
+from .native_ops import lowered, remaining
 from .native_text import LOWERINGS, NativeForm, native_function, uses_buckets
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class NativeExperts(Pass):
 
     Options ``sm`` (GPUs to predict times for; the first counts) and ``max_tokens`` (of one run; None: any)
     decide with the cost model. Layers that a pass before this one fused are left alone. Where the activation
-    is not proven, the layer's ops are lowered one by one (:mod:`native_ops`); so are all Routers.
+    is not proven, the layer's ops are lowered one by one (:mod:`native_ops`).
 
     Where a layer has buckets, the model gets the input :data:`CAPACITY_INPUT` (role ``capacity``) and the
     output :data:`LOAD_OUTPUT` (role ``load``), both in ``context.io``; the host runs again with a larger
@@ -69,10 +69,6 @@ class NativeExperts(Pass):
         loads += _one_by_one(context)
         if loads:
             _add_load(context, loads)
-        routers = inline_bodies(context)
-        if routers:
-            reason = "TensorRT's parser refuses the call of a function whose optional inputs are left out"
-            context.decisions.append(Decision(f"{routers} Router op(s)", "the op's body, inlined", reason))
         common.RemoveUnusedNodesPass()(context.model)
         attach_functions(context.model, context.opset)
 

@@ -1,14 +1,12 @@
 """Ops of ours that no pattern took, one by one as plain ONNX nodes that TensorRT's parser takes.
 
-Their function bodies need TopK over all assignments (TensorRT: 3840 at most), NonZero, Loop and sequences,
-and TensorRT-RTX refuses a call of a function that leaves an optional input out.
+Their function bodies need TopK over all assignments (TensorRT: 3840 at most), NonZero, Loop and sequences.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..graph.functions import attach_functions
 from ..ops import DOMAIN
 from .base import PassContext
 from .native_text import ONNX_CODE, ONNX_TYPE, parse_function
@@ -16,9 +14,6 @@ from .native_text import ONNX_CODE, ONNX_TYPE, parse_function
 if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
-
-BY_BODY = ("Router",)
-"""Ops whose body TensorRT takes once it is inlined."""
 
 
 def dispatch_text(experts: int) -> str:
@@ -223,14 +218,3 @@ def lowered(node: ir.Node, context: PassContext, name: str) -> onnx.FunctionProt
 def _dtype(value: ir.Value | None) -> str | None:
     names = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
     return names.get(value.dtype.name) if value is not None and value.dtype is not None else None
-
-
-def inline_bodies(context: PassContext) -> int:
-    """Replace every node of :data:`BY_BODY` by the op's own body. Returns how many there were."""
-    import onnx_ir.passes.common as common
-
-    found = [n for n in context.model.graph.all_nodes() if n.domain == DOMAIN and n.op_type in BY_BODY]
-    if found:
-        attach_functions(context.model, context.opset)
-        common.InlinePass(lambda f: f.domain == DOMAIN and f.name in BY_BODY)(context.model)
-    return len(found)

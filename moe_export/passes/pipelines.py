@@ -9,21 +9,29 @@ from .bfloat16_products import BFloat16Products
 from .bfloat16_weights import BFloat16Weights
 from .cached_attention import CachedAttention
 from .causal_masks import CausalMasks
+from .expert_matrices import ExpertMatrices
 from .fuse_experts import FuseExperts
 from .inline_bodies import InlineBodies
 from .library_fusions import LibraryFusions
 from .merge_reshapes import MergeReshapes
 from .mixed_norms import SplitMixedNorms
+from .native_experts import NativeExperts
 from .plugin_experts import PluginExperts
 from .quantize_experts import QuantizeExperts
 from .unroll_experts import UnrollExperts
 
-_TENSORRT: tuple[type[Pass], ...] = (AttachRouter, PluginExperts, InlineBodies, BFloat16Products)
+_TENSORRT: tuple[type[Pass], ...] = (
+    AttachRouter,
+    PluginExperts,
+    NativeExperts,
+    InlineBodies,
+    BFloat16Products,
+)
 """Both TensorRT targets. No pass of ONNX Runtime's contrib ops: TensorRT's parser knows none of them, and its
 own compiler fuses norms and attention."""
 
 PIPELINES: dict[str, tuple[type[Pass], ...]] = {
-    "portable": (AttachRouter, BFloat16Weights),
+    "portable": (AttachRouter, ExpertMatrices, BFloat16Weights),
     "onnxruntime": (
         AttachRouter,
         CachedAttention,
