@@ -64,7 +64,7 @@ _GEMM_16 = (
     Tile(16, 64, 64, group=1, warps=4, stages=3),
     Tile(32, 64, 64, group=4, warps=4, stages=2),
     Tile(64, 64, 32, group=8, warps=4, stages=3),
-    Tile(128, 64, 32, group=8, warps=8, stages=3),
+    Tile(128, 64, 32, group=8, warps=8, stages=2),
 )
 _GEMM_32 = (
     Tile(16, 32, 32, group=1, warps=4, stages=2),

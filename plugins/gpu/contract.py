@@ -204,7 +204,7 @@ class KernelContract:
 
 CAPACITY_REFUSED = (
     "GPU kernel router: attribute capacity is not 0. An expert's places are given out in the order of all "
-    "tokens of a sequence, and one launch routes the tokens in parallel, so this kernel cannot count them; such "
+    "tokens of a sequence, and one launch routes the tokens in parallel, so this kernel cannot count; such "
     "a router stays plain ONNX nodes in front of dispatch, which leaves out ids of -1"
 )
 

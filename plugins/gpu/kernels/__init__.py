@@ -1,0 +1,1 @@
+"""The Triton kernels, one per file. Only worker processes (compiler, interpreter) import them."""
