@@ -79,11 +79,11 @@ class PanelProduct {
     const int64_t tiles = (count + kTileRows - 1) / kTileRows;
     for (int64_t k = 0; k < stack_.depth; k += kDepthBlock) {
       const int64_t depth = std::min(kDepthBlock, stack_.depth - k);
-      Source source = path == Path::kTile ? InPlace(k) : Copied(k, depth, scratch);
       if (path == Path::kCodes) {
         RunCodes(rows, first, count, k, depth, c);
         continue;
       }
+      Source source = path == Path::kTile ? InPlace(k) : Copied(k, depth, scratch);
       const bool last = k + depth == stack_.depth;
       if (stack_.form == WeightForm::kPacked) source.next = last ? next : InPlace(k + depth).b0;
       RunTiles(source, rows, first, count, k, depth, tiles, c);
