@@ -28,6 +28,8 @@ class Device:
     driver: int
     shared_limit: int
     name: str
+    context: int = 0
+    """Address of the CUDA context: kernels are loaded into one."""
 
 
 class Launcher(Protocol):
@@ -111,7 +113,8 @@ class CudaDriver:
             )
         )
         name = bytes(self._call("cuDeviceGetName", 96, handle)).split(b"\0")[0].decode(errors="replace")
-        return Device(major * 10 + minor, int(self._call("cuDriverGetVersion")), shared, name)
+        context = int(self._call("cuCtxGetCurrent"))
+        return Device(major * 10 + minor, int(self._call("cuDriverGetVersion")), shared, name, context)
 
     def load(self, image: bytes, name: str, shared: int) -> Any:
         if image not in self._libraries:

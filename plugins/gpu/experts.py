@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from moe_export.costs.tiles import Tile, tiles
@@ -76,9 +76,8 @@ class ExpertShape:
             )
         known = {f.name for f in fields(cls)}
         kept = {k: v for k, v in full.items() if k in known}
-        return cls(
-            dtype=dtype, top_k=top_k, hidden=hidden, inner=inner, bias_dtype=bias_dtype or dtype, **kept
-        )
+        biases = {"bias_dtype": bias_dtype} if bias_dtype else {}
+        return cls(dtype=dtype, top_k=top_k, hidden=hidden, inner=inner, **biases, **kept)
 
     def constants(self, kernel: str) -> dict[str, Any]:
         """The constants of one of :data:`STEPS`, complete and checked."""
@@ -143,6 +142,7 @@ class Plan:
     scratch_bytes: int
 
 
+@lru_cache(maxsize=1024)
 def plan(shape: ExpertShape, chosen: TileSet, tokens: int) -> Plan:
     """Raises UsageError for more tokens than the kernels number in int32."""
     launches, offsets, end = [], {}, 0
@@ -170,9 +170,13 @@ def arguments(
     shape: ExpertShape, kernel: str, launch: Launch, pointers: Mapping[str, int]
 ) -> list[tuple[int, bool]]:
     """(value, is a pointer) of each parameter of a kernel, in its order. ``pointers``: by tensor name."""
-    contract, constants = CONTRACTS[kernel], shape.constants(kernel)
     scalars = iter(launch.scalars)
     return [
         (pointers[name], True) if kind == "pointer" else (next(scalars), False)
-        for name, kind in contract.parameters(constants)
+        for name, kind in _parameters(shape, kernel)
     ]
+
+
+@cache
+def _parameters(shape: ExpertShape, kernel: str) -> tuple[tuple[str, str], ...]:
+    return CONTRACTS[kernel].parameters(shape.constants(kernel))

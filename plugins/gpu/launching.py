@@ -1,0 +1,75 @@
+"""Runs one layer's experts on a GPU: loads the compiled kernels once, and queues their launches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moe_export.errors import BundleError
+
+from .driver import CudaDriver, Device, Launcher
+from .experts import ExpertShape, TileSet, arguments, plan
+from .library import KernelLibrary
+
+
+class Kernels:
+    """Loaded kernels, shared by a creator's plugins."""
+
+    def __init__(self, library: KernelLibrary | None, launcher: Launcher | None) -> None:
+        self._library, self._launcher = library, launcher
+        self._loaded: dict[tuple[int, ExpertShape, TileSet], tuple[tuple[Any, int], ...]] = {}
+
+    def replace(self, library: KernelLibrary | None, launcher: Launcher | None) -> None:
+        self._library = library or self._library
+        self._launcher = launcher or self._launcher
+        self._loaded.clear()
+
+    def load(self, shape: ExpertShape, chosen: TileSet) -> tuple[Launcher, tuple[tuple[Any, int], ...]]:
+        """The launcher, and handle and shared memory of each step's kernel on the current GPU.
+
+        Raises:
+            BundleError: there are no kernels for it.
+            EnvironmentLacksError: no driver, or one too old.
+        """
+        if self._launcher is None:
+            self._launcher = CudaDriver()
+        device = self._launcher.device()
+        key = (device.context, shape, chosen)
+        if key not in self._loaded:
+            self._loaded[key] = self._load(self._launcher, device, shape, chosen)
+        return self._launcher, self._loaded[key]
+
+    def _load(
+        self, launcher: Launcher, device: Device, shape: ExpertShape, chosen: TileSet
+    ) -> tuple[tuple[Any, int], ...]:
+        if self._library is None:
+            raise BundleError(
+                "plugin ExpertMLP: no compiled kernels; give the bundle's folder of kernels to "
+                "moe_export_plugins.gpu.ipluginv3.register before loading the engine"
+            )
+        self._library.check(device)
+        out = []
+        for name, _ in plan(shape, chosen, 0).launches:
+            image = self._library.cubin(name, shape.dtype, shape.constants(name), chosen.of(name), device.sm)
+            out.append((launcher.load(image.code, image.entry, image.shared), image.shared))
+        return tuple(out)
+
+
+def run(
+    kernels: Kernels,
+    shape: ExpertShape,
+    chosen: TileSet,
+    tokens: int,
+    pointers: Mapping[str, int],
+    workspace: int,
+    stream: int,
+) -> None:
+    """Queue the four launches. ``pointers``: addresses by tensor name; scratch lies in ``workspace``."""
+    if tokens == 0:
+        return
+    launcher, loaded = kernels.load(shape, chosen)
+    planned = plan(shape, chosen, tokens)
+    every = {**pointers, **{name: workspace + offset for name, offset in planned.offsets.items()}}
+    for (name, launch), (kernel, shared) in zip(planned.launches, loaded, strict=True):
+        given = arguments(shape, name, launch, every)
+        launcher.launch(kernel, launch.grid, launch.threads, shared, stream, given)
