@@ -1,5 +1,4 @@
-"""Parameters of the kernel in a PTX text, and two changes to it: hidden parameters leave, and the kernel gets a
-name of its own."""
+"""Parameters of the kernel in a PTX text. Two changes to it: hidden ones leave, and the kernel is renamed."""
 
 from __future__ import annotations
 
