@@ -213,7 +213,7 @@ def load_config_file(path: str | Path) -> dict[str, Any]:
                 raise UsageError(f"{path}: unknown key {key!r} in [{table}]; {choices_text(key, keys)}")
             values[fields[table, key]] = value
     for name, value in values.items():
-        _check_field(path, name, value)
+        _check_field(path, name, value, values.get("target"))
     return values
 
 
@@ -237,10 +237,23 @@ def merge(file_values: Mapping[str, Any], flags: Mapping[str, Any]) -> BuildConf
     return BuildConfig(**values)
 
 
-def _check_field(path: Path, name: str, value: Any) -> None:
-    """Check one value of a file alone, so that the error names the file and its key."""
+_GPU_FIELDS = ("sm", "expert_lowering", "dtype")
+
+
+def _check_field(path: Path, name: str, value: Any, target: Any) -> None:
+    """Check one value of a file alone, so that the error names the file and its key.
+
+    What only some targets take is checked for the file's ``target``; without one, a flag may still name it,
+    so
+    any target that takes the value will do.
+    """
+    given = {name: value}
+    if name in _GPU_FIELDS and isinstance(target, str) and target in TARGETS:
+        given["target"] = target
+    elif name == "sm" or (name == "expert_lowering" and value in GPU_LOWERINGS):
+        given["target"] = "tensorrt"
     try:
-        BuildConfig(**{name: value})
+        BuildConfig(**given)
     except UsageError as error:
         table, key = _PLACES[name]
         detail = str(error).removeprefix(f"{name}: ").removeprefix(f"{name} ")

@@ -135,7 +135,10 @@ class EngineFile:
     """Of the library that built it; the runtime's major and minor version must be the same."""
     driver: str
     """The lowest NVIDIA driver (major version) that the library runs with."""
+    profiles: tuple[str, ...]
+    """Optimisation profiles in order: ``decode`` and ``prefill``, or ``all``."""
     layers: int
+    """Over all profiles: each has its own."""
     layer_kinds: dict[str, int]
     """Kind of TensorRT layer → how many."""
     weight_bytes: int
@@ -182,7 +185,8 @@ class Manifest:
     parameters: dict[str, int] = field(default_factory=dict)
     """``total``, ``active``, ``active_without_embeddings``."""
     state: Literal["ready", "needs-gpu-build"] = "ready"
-    """``needs-gpu-build``: everything but the plans; ``build_engine.py`` in the bundle finishes it on a machine with
+    """``needs-gpu-build``: everything but the plans; ``build_engine.py`` in the bundle finishes it on a
+    machine with
     the GPU."""
     sm: tuple[int, ...] = ()
     """What plans are, or will be, for; empty for targets of the CPU."""

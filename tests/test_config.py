@@ -23,11 +23,11 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-def example() -> str:
-    """The page's example file."""
-    found = re.search(r"```toml\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert found
-    return found[1]
+def example(number: int = 0) -> str:
+    """One of the page's example files: of a CPU target, of a GPU target."""
+    found = re.findall(r"```toml\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert len(found) == 2
+    return str(found[number])
 
 
 def test_defaults() -> None:
@@ -200,7 +200,9 @@ def test_wrong_merges(values: dict[str, Any], flags: dict[str, Any], message: st
 def test_the_pages_example_parses_and_shows_every_key(tmp_path: Path) -> None:
     values = load_config_file(write(tmp_path, example()))
     merge(values, {})
-    assert set(values) == {f.name for f in dataclasses.fields(BuildConfig)} - {"trust_remote_code"}
+    gpu = load_config_file(write(tmp_path, example(1)))
+    assert merge(gpu, {}).sm == (80, 89, 120)
+    assert {*values, *gpu} == {f.name for f in dataclasses.fields(BuildConfig)} - {"trust_remote_code"}
 
 
 def test_the_page_documents_every_field_default_and_choice() -> None:

@@ -10,6 +10,7 @@ import click
 
 from moe_export.cli.options import (
     Assignment,
+    IntList,
     common_options,
     json_option,
     quiet_option,
@@ -35,8 +36,9 @@ if TYPE_CHECKING:
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="TOML file; flags win.")
 @click.option(
     "--expert-lowering", type=click.Choice(EXPERT_LOWERINGS),
-    help="How experts are lowered: one MatMul each, a loop, or chosen per layer.  [default: auto]",
+    help="How experts are lowered (GPU targets: native or plugin).  [default: auto, chosen per layer]",
 )  # fmt: skip
+@click.option("--sm", type=IntList(), help="GPUs of a TensorRT target: 80,89,120.  [default: the GPU here]")
 @click.option(
     "--quantize",
     type=click.Choice(QUANTIZATIONS),
@@ -75,8 +77,26 @@ def command(
     if as_json:
         print_json({"path": str(bundle.path), "manifest": to_json(bundle.manifest)})
     else:
-        click.echo("\n".join([f"built {bundle.path}", *_evidence(bundle)]))
+        click.echo("\n".join([f"built {bundle.path}", *_plans(bundle), *_evidence(bundle)]))
+    if bundle.manifest.state == "needs-gpu-build":
+        from moe_export.errors import EnvironmentLacksError
+
+        raise EnvironmentLacksError(
+            next(note for note in bundle.manifest.notes if note.startswith("no finished engine"))
+        )
     return 0
+
+
+def _plans(bundle: Bundle) -> Iterator[str]:
+    """What was built for which GPU."""
+    for engine in bundle.manifest.engines:
+        yield (
+            f"{engine.file}: SM{engine.sm}, {engine.library} {engine.version}, {engine.layers} layers, "
+            "weights "
+            f"{engine.weight_bytes / 2**20:.1f} MiB, activations {engine.activation_bytes / 2**20:.1f} MiB "
+            "at most"
+        )
+    yield from (note for note in bundle.manifest.notes if note.startswith("not verified"))
 
 
 def _quantized(bundle: Bundle) -> Iterator[str]:

@@ -9,9 +9,10 @@ import click
 from moe_export.cli.options import common_options, json_option
 from moe_export.config import TARGETS
 from moe_export.errors import EnvironmentLacksError
+from moe_export.sms import GPU_TARGETS
 
 if TYPE_CHECKING:
-    from moe_export.inspect.environment import Environment
+    from moe_export.inspect.environment import Environment, TargetStatus
 
 
 @click.command("doctor", short_help="Show what is installed and what each target lacks.")
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 def command(target: str | None, as_json: bool) -> None:
     """Show what is installed and what each target lacks, with how to get it.
 
-    Exits with 3 when a target (or the one that --target names) cannot be used on this machine.
+    Exits with 3 when a target of the CPU, or the one that --target names, cannot be built for and run on
+    this machine.
     """
     from moe_export.cli.output import print_json
     from moe_export.inspect.environment import examine
@@ -31,7 +33,10 @@ def command(target: str | None, as_json: bool) -> None:
         print_json(environment.to_dict())
     else:
         click.echo(_text(environment))
-    missing = [t for t in environment.targets if not t.available and target in (None, t.name)]
+    asked = [
+        t for t in environment.targets if t.name == target or (target is None and t.name not in GPU_TARGETS)
+    ]
+    missing = [t for t in asked if not t.available]
     if missing:
         raise EnvironmentLacksError(f"target {missing[0].name} lacks {'; '.join(missing[0].lacks)}")
 
@@ -55,6 +60,8 @@ def _text(environment: Environment) -> str:
         lines.append(f"ONNX Runtime providers in this build: {', '.join(environment.execution_providers)}")
     plugin = environment.cpu_plugin
     lines.append(f"CPU plugin: {plugin['path'] if plugin['problem'] is None else plugin['problem']}")
+    gpu = environment.gpu
+    lines.append(f"NVIDIA GPU: SM{gpu['sm']}, driver for CUDA {gpu['cuda']}" if gpu else "NVIDIA GPU: none")
     rows = [
         (p.name, p.version or "missing", p.used_for, p.problem or ("" if p.version else p.install))
         for p in environment.packages
@@ -63,7 +70,7 @@ def _text(environment: Environment) -> str:
     target_rows = [
         (
             t.name,
-            "available" if t.available else "runs engines only" if t.runs else "missing",
+            _status(t),
             "; ".join(t.lacks),
         )
         for t in environment.targets
@@ -71,3 +78,9 @@ def _text(environment: Environment) -> str:
     lines.append(table(("target", "status", "lacks"), target_rows))
     lines += [f"warning: {text}" for text in environment.warnings]
     return "\n".join(lines)
+
+
+def _status(target: TargetStatus) -> str:
+    if target.available:
+        return "available"
+    return "runs engines only" if target.runs else "builds engines only" if target.builds else "missing"

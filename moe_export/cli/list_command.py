@@ -7,6 +7,8 @@ from typing import Any
 import click
 
 from moe_export.cli.options import common_options, json_option
+from moe_export.config import CPU_LOWERINGS, GPU_LOWERINGS
+from moe_export.schema import DTYPES
 
 
 @click.group("list", context_settings={"help_option_names": ["-h", "--help"]})
@@ -68,24 +70,55 @@ def ops(as_json: bool) -> None:
 @json_option
 @common_options
 def targets(as_json: bool) -> None:
-    """Targets an engine can be built for."""
+    """Targets an engine can be built for: by SM, dtype and lowering, and what this machine has of it."""
     from moe_export.backends import BACKENDS
+    from moe_export.backends.trt.machine import target_matrix
+    from moe_export.cli.output import print_json, table
     from moe_export.inspect.environment import target_statuses
     from moe_export.passes.pipelines import PIPELINES
+    from moe_export.schema import to_json
+    from moe_export.sms import GPU_TARGETS
 
     statuses = {t.name: t for t in target_statuses()}
+    matrix = {name: target_matrix(name) if name in GPU_TARGETS else () for name in BACKENDS}
+    if as_json:
+        print_json(
+            [
+                {
+                    "name": name,
+                    "available": statuses[name].available,
+                    "builds": statuses[name].builds,
+                    "runs": statuses[name].runs,
+                    "lacks": list(statuses[name].lacks),
+                    "summary": backend.summary,
+                    "dtypes": list(DTYPES),
+                    "lowerings": list(GPU_LOWERINGS if name in GPU_TARGETS else CPU_LOWERINGS),
+                    "passes": [p.name for p in PIPELINES[name]],
+                    "sms": [to_json(row) for row in matrix[name]],
+                }
+                for name, backend in BACKENDS.items()
+            ]
+        )
+        return
     rows = [
-        {
-            "name": name,
-            "available": statuses[name].available,
-            "runs": statuses[name].runs,
-            "lacks": list(statuses[name].lacks),
-            "summary": backend.summary,
-            "passes": [p.name for p in PIPELINES[name]],
-        }
+        (name, _yes(statuses[name].builds), _yes(statuses[name].runs), backend.summary)
         for name, backend in BACKENDS.items()
     ]
-    _show(rows, ("name", "available", "summary"), as_json)
+    click.echo(table(("target", "builds here", "runs here", "summary"), rows))
+    lines: list[tuple[str, ...]] = []
+    for name in BACKENDS:
+        own = " ".join(CPU_LOWERINGS[1:]) if name == "onnxruntime" else "bodies"
+        status = statuses[name]
+        if name not in GPU_TARGETS:
+            lines.append((name, "CPU", "", " ".join(DTYPES), own, _yes(status.builds), _yes(status.runs)))
+        for r in matrix[name]:
+            words = (" ".join(r.dtypes), " ".join(r.lowerings))
+            lines.append((r.target, f"SM{r.sm}", r.gpus, *words, _yes(r.builds), _yes(r.runs)))
+    headers = ("target", "SM", "GPUs", "dtypes", "expert lowerings", "builds here", "runs here")
+    click.echo("\n" + table(headers, lines))
+    for name in BACKENDS:
+        if statuses[name].lacks:
+            click.echo(f"\n{name} lacks here:\n  " + "\n  ".join(statuses[name].lacks))
 
 
 @command.command("presets")
@@ -162,6 +195,10 @@ def _show(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -
         print_json(rows)
     else:
         click.echo(table(columns, [[_cell(row[c]) for c in columns] for row in rows]))
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
 
 
 def _cell(value: Any) -> str:

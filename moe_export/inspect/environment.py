@@ -11,7 +11,10 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
+from moe_export.backends.trt.library import INSTALL
+from moe_export.backends.trt.machine import build_lacks, find_gpu, run_lacks
 from moe_export.errors import EnvironmentLacksError
+from moe_export.sms import GPU_TARGETS
 
 _CPU_FEATURES = ("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16",
                  "asimd", "asimddp", "bf16", "i8mm", "sve")  # fmt: skip
@@ -41,6 +44,8 @@ class TargetStatus:
     """Engines can be built and run."""
     runs: bool
     """Engines that were built elsewhere can be run."""
+    builds: bool
+    """Engines can be built, whether or not they run here."""
     lacks: tuple[str, ...]
 
 
@@ -57,6 +62,8 @@ class Environment:
     execution_providers: tuple[str, ...]
     cpu_plugin: dict[str, str | None]
     """``path`` (None: not to be had) and ``problem`` (why engines run without it, and how to get it)."""
+    gpu: dict[str, Any]
+    """``sm`` and ``cuda`` (what the driver supports) of the first NVIDIA GPU; empty without one."""
     targets: tuple[TargetStatus, ...]
     warnings: tuple[str, ...] = field(default_factory=tuple)
 
@@ -90,12 +97,18 @@ _PACKAGES = (
     _Known("tokenizers", ("tokenizers",), "text in and out", "pip install tokenizers"),
     _Known("jinja2", ("jinja2",), "the HTML report", "pip install jinja2"),
     _Known("matplotlib", ("matplotlib",), "plots", "pip install matplotlib"),
+    _Known("triton", ("triton",), "compiling GPU kernels", "pip install 'moe-export[gpu]'"),
+    _Known("cuda.bindings", ("cuda-bindings",), "running on a GPU", "pip install 'moe-export[gpu]'"),
+    _Known("tensorrt_rtx", ("tensorrt-rtx-cu13",), "TensorRT-RTX engines", INSTALL["tensorrt-rtx"]),
+    _Known("tensorrt", ("tensorrt-cu13",), "TensorRT engines", INSTALL["tensorrt"]),
 )
 _RUN_ONNXRUNTIME = ("onnxruntime", "onnx", "numpy", "ml_dtypes", "psutil")
 _BUILD_ONNX = ("torch", "onnx_ir", "onnxscript", "safetensors", "filelock")
 _TARGET_NEEDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "onnxruntime": (_RUN_ONNXRUNTIME, _BUILD_ONNX),
     "portable": (_RUN_ONNXRUNTIME, _BUILD_ONNX),
+    "tensorrt-rtx": (_RUN_ONNXRUNTIME, _BUILD_ONNX),
+    "tensorrt": (_RUN_ONNXRUNTIME, _BUILD_ONNX),
 }
 """Target → modules that running an engine needs, and those that building one needs besides."""
 
@@ -115,6 +128,7 @@ def examine() -> Environment:
         packages=tuple(packages.values()),
         execution_providers=_providers(packages["onnxruntime"]),
         cpu_plugin=_cpu_plugin(packages["onnxruntime"]),
+        gpu=_gpu(),
         targets=targets,
         warnings=tuple(_warnings(packages)),
     )
@@ -150,7 +164,18 @@ def _target(name: str, packages: dict[str, Package]) -> TargetStatus:
         package = packages[module]
         if not package.usable:
             lacks.append(f"{package.name} ({package.problem or 'not installed'}): {package.install}")
-    return TargetStatus(name, not lacks, all(packages[module].usable for module in run), tuple(lacks))
+    runs = all(packages[module].usable for module in run)
+    builds = not lacks
+    if name in GPU_TARGETS:
+        building, running = build_lacks(name), run_lacks(name)
+        runs, builds = runs and not running, builds and not building
+        lacks += list(dict.fromkeys((*building, *running)))
+    return TargetStatus(name, runs and builds, runs, builds, tuple(lacks))
+
+
+def _gpu() -> dict[str, Any]:
+    found = find_gpu()
+    return {} if found is None else {"sm": found.sm, "cuda": f"{found.cuda[0]}.{found.cuda[1]}"}
 
 
 def _providers(onnxruntime: Package) -> tuple[str, ...]:

@@ -15,7 +15,12 @@ def test_this_machine() -> None:
     found = examine()
     packages = {p.name: p for p in found.packages}
     assert packages["torch"].usable
-    assert all(t.available and not t.lacks for t in found.targets)
+    targets = {t.name: t for t in found.targets}
+    assert all(targets[name].available and not targets[name].lacks for name in ("onnxruntime", "portable"))
+    assert targets["tensorrt-rtx"].builds
+    if not found.gpu:
+        assert not targets["tensorrt-rtx"].runs and not targets["tensorrt-rtx"].available
+        assert any("an NVIDIA GPU" in text for text in targets["tensorrt-rtx"].lacks)
     assert found.cpu["usable_cores"] >= 1
     assert 0 < found.memory["available"] <= found.memory["total"]
     assert "CPUExecutionProvider" in found.execution_providers

@@ -85,7 +85,7 @@ class TensorRtBackend(Backend):
         options = context.options
         sms = tuple(int(n) for n in options["sm"])
         limits = Limits(options["max_batch"], options["max_sequence"])
-        profiles = make_profiles(context.io, limits)
+        profiles = make_profiles(context.io, limits, split=self._needs_gpu)
         write_onnx(context, folder)
         recipe = self._recipe(context, sms, profiles)
         lacks = self._lacks(sms)
@@ -138,7 +138,8 @@ def _decision(engine: EngineFile) -> Decision:
     kinds = ", ".join(f"{kind} x{count}" for kind, count in sorted(engine.layer_kinds.items()))
     return Decision(
         f"plan for SM{engine.sm}",
-        f"{engine.layers} layers: {kinds}",
+        f"{engine.layers} layers over {len(engine.profiles)} profile(s), {', '.join(engine.profiles)}: "
+        f"{kinds}",
         f"built by {engine.library} {engine.version} in {engine.build_seconds:.1f} s; weights "
         f"{engine.weight_bytes / 2**20:.1f} MiB, activations {engine.activation_bytes / 2**20:.1f} MiB at "
         "the largest "

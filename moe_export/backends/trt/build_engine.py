@@ -27,6 +27,10 @@ from typing import Any
 RECIPE = "build_engine.json"
 _OLDEST = {"tensorrt": (10, 15), "tensorrt_rtx": (1, 7)}
 _LAST_WORDS = 12
+_DTYPES = {
+    "float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64",
+    "int32": "INT32", "bool": "BOOL", "int8": "INT8", "uint8": "UINT8",
+}  # fmt: skip
 _LAYER = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>[^,]+),")
 _ONNX_LAYERS = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 _MEMORY = re.compile(r"Total (Activation|Weights) Memory: (\d+) bytes")
@@ -132,9 +136,15 @@ def build(recipe: dict[str, Any], folder: Path, trt: Any, sms: list[int]) -> lis
     engines = []
     for sm in sms:
         started = time.perf_counter()
-        config = _config(recipe, trt, builder, sm)
-        logger.start()
-        plan = builder.build_serialized_network(network, config)
+        # The last profile covers every shape: the compiler of some versions fails on conditionals under
+        # several.
+        attempts = [recipe["profiles"], recipe["profiles"][-1:]][: 1 + (len(recipe["profiles"]) > 1)]
+        for profiles in attempts:
+            logger.start()
+            plan = builder.build_serialized_network(network, _config(recipe, profiles, trt, builder, sm))
+            if plan is not None:
+                break
+            print(f"no plan for SM{sm} with {len(profiles)} profile(s): {logger.last_words()}", flush=True)
         if plan is None:
             raise CannotBuild(f"no plan for SM{sm}: {logger.last_words()}")
         name = recipe["plans"][str(sm)]
@@ -149,6 +159,7 @@ def build(recipe: dict[str, Any], folder: Path, trt: Any, sms: list[int]) -> lis
                 "library": recipe["library"],
                 "version": str(trt.__version__),
                 "driver": recipe["driver"],
+                "profiles": [profile["name"] for profile in profiles],
                 "layers": len(layers),
                 "layer_kinds": dict(collections.Counter(layer["kind"] for layer in layers)),
                 "weight_bytes": logger.memory.get("Weights", 0),
@@ -170,16 +181,18 @@ def make_logger(trt: Any) -> Any:
     class Logger(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self._words: collections.deque[str] = collections.deque(maxlen=_LAST_WORDS)
             self.start()
 
         def start(self) -> None:
             self.layers: list[dict[str, Any]] = []
             self.memory: dict[str, int] = {}
+            self._words: collections.deque[str] = collections.deque(maxlen=_LAST_WORDS)
+            self._errors: collections.deque[str] = collections.deque(maxlen=_LAST_WORDS)
 
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.Severity.WARNING:
-                self._words.append(_one_line(message))
+                wrong = severity <= trt.ILogger.Severity.ERROR
+                (self._errors if wrong else self._words).append(_one_line(message))
                 print(message, file=sys.stderr, flush=True)
             for line in message.splitlines():
                 layer = _LAYER.match(line)
@@ -191,12 +204,12 @@ def make_logger(trt: Any) -> Any:
                     self.memory[memory[1]] = int(memory[2])
 
         def last_words(self) -> str:
-            return "; ".join(list(self._words)[-3:]) or "TensorRT gave no reason"
+            return "; ".join(list(self._errors or self._words)[-2:]) or "TensorRT gave no reason"
 
     return Logger()
 
 
-def _config(recipe: dict[str, Any], trt: Any, builder: Any, sm: int) -> Any:
+def _config(recipe: dict[str, Any], profiles: list[dict[str, Any]], trt: Any, builder: Any, sm: int) -> Any:
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     # float32 means float32: TF32 keeps 10 bits of a product's factors, and routing flips with less.
@@ -206,7 +219,7 @@ def _config(recipe: dict[str, Any], trt: Any, builder: Any, sm: int) -> Any:
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), 0)
-    for profile in recipe["profiles"]:
+    for profile in profiles:
         made = builder.create_optimization_profile()
         for name, (low, best, high) in profile["shapes"].items():
             made.set_shape(name, low, best, high)
@@ -216,14 +229,14 @@ def _config(recipe: dict[str, Any], trt: Any, builder: Any, sm: int) -> Any:
 
 
 def _check_io(recipe: dict[str, Any], network: Any) -> None:
-    """The network's inputs and outputs are those of the recipe, in name and rank."""
+    """The network's inputs and outputs are those of the recipe, in name, dtype and rank."""
     found = {
         "inputs": [network.get_input(i) for i in range(network.num_inputs)],
         "outputs": [network.get_output(i) for i in range(network.num_outputs)],
     }
     for kind, tensors in found.items():
-        want = {spec["name"]: len(spec["shape"]) for spec in recipe[kind]}
-        have = {tensor.name: len(tensor.shape) for tensor in tensors}
+        want = {spec["name"]: (_DTYPES[spec["dtype"]], len(spec["shape"])) for spec in recipe[kind]}
+        have = {tensor.name: (tensor.dtype.name, len(tensor.shape)) for tensor in tensors}
         if want != have:
             wrong = sorted(name for name in {*want, *have} if want.get(name) != have.get(name))
             raise CannotBuild(

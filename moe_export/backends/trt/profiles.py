@@ -15,6 +15,7 @@ DEFAULT_SEQUENCE = 2048
 OTHER_DIMENSION = 1024
 """Largest size of a free dimension that neither ``max_batch`` nor ``max_sequence`` speaks of."""
 _USUAL_PREFILL = 128
+_USUAL_CAPACITY = 64
 
 Shape = tuple[int, ...]
 
@@ -76,19 +77,23 @@ def engine_limits(limits: Limits, *, asked: bool) -> Limits:
     return Limits(limits.max_batch or DEFAULT_BATCH, sequence if asked else min(sequence, DEFAULT_SEQUENCE))
 
 
-def make_profiles(io: ModelIO, limits: Limits) -> tuple[Profile, ...]:
+def make_profiles(io: ModelIO, limits: Limits, *, split: bool) -> tuple[Profile, ...]:
     """Profiles for an engine with ``limits`` (both set).
 
-    One over a KV cache has two: ``decode`` (one new token after a past) and ``prefill`` (any number of new
-    tokens
-    after any past, none included). All others have one.
+    ``split``: an engine over a KV cache gets two: ``decode`` (one new token after a past) and ``prefill``
+    (any
+    number of new tokens after any past, none included); the last covers everything. Otherwise there is one,
+    ``all``, which is what TensorRT-RTX gets: it compiles kernels for the shapes it meets at run time, and its
+    compiler fails on conditional experts under two profiles.
     """
     batch, longest = limits.max_batch, limits.max_sequence
     if batch is None or longest is None:
         raise UsageError("profiles need a largest batch and a largest sequence")
     usual = min(_USUAL_PREFILL, longest)
     grows = any("past" in spec.shape for spec in io.inputs)
+    # A bucket of as many rows as there are tokens always suffices; the host asks for fewer.
     prefill = {
+        "capacity": (1, min(_USUAL_CAPACITY, batch * longest), batch * longest),
         "batch": (1, 1, batch),
         "sequence": (1, usual, longest),
         "past": (0, 0, longest - 1),
@@ -96,12 +101,13 @@ def make_profiles(io: ModelIO, limits: Limits) -> tuple[Profile, ...]:
     }
     middle = max(longest // 2, 1)
     decode = {
+        "capacity": (1, min(_USUAL_CAPACITY, batch), batch),
         "batch": (1, 1, batch),
         "sequence": (1, 1, 1),
         "past": (0, middle - 1, longest - 1),
         "total": (1, middle, longest),
     }
-    every = (("decode", decode), ("prefill", prefill)) if grows else (("all", prefill),)
+    every = (("decode", decode), ("prefill", prefill)) if grows and split else (("all", prefill),)
     return tuple(Profile(name, _shapes(io, dims, longest)) for name, dims in every)
 
 
