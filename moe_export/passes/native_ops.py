@@ -125,19 +125,15 @@ def matmul_text(experts: int, outputs: int, transposed: int, dtype: str, stored:
     is_few = LessOrEqual (count, few)
     out, load = If (is_few) <
         then_branch = gather_rows () => ({kind} g_out, int32[1] g_load) {{
-            g_begin = Constant <value_ints = [0]> ()
-            g_rows_cut = Slice (rows, g_begin, edge, g_begin)
-            g_owner = Slice (owner, g_begin, edge, g_begin)
-            g_absent = Slice (absent, g_begin, edge, g_begin)
-            g_raw = Gather <axis = 0> (weight, g_owner)
+            g_raw = Gather <axis = 0> (weight, owner)
             g_matrix = Cast <to = 1> (g_raw)
-            g_rows_f32 = Cast <to = 1> (g_rows_cut)
+            g_rows_f32 = Cast <to = 1> (rows)
             g_axis = Constant <value_ints = [{2 if transposed else 1}]> ()
             g_x = Unsqueeze (g_rows_f32, g_axis)
             g_terms = Mul (g_matrix, g_x)
             g_sum_axis = Constant <value_ints = [{1 if transposed else 2}]> ()
             g_sum = ReduceSum <keepdims = 0> (g_terms, g_sum_axis)
-            g_present = Where (g_absent, zero, g_sum)
+            g_present = Where (absent, zero, g_sum)
             g_out = Cast <to = {code}> (g_present)
             g_load = Constant <value = int32[1] {{0}}> ()
         }},

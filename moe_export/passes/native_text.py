@@ -56,41 +56,27 @@ class NativeForm:
         return (*INPUTS, *(BIASES if self.attributes["biased"] else ()))
 
 
-def gather_text(form: NativeForm, *, at_most: int | None = None) -> str:
-    """Lines that make ``g_out`` [T, H] and ``g_load`` int32 [1] = 0.
-
-    ``at_most``: promises that T is no more; cutting there lets TensorRT see the bound.
-    """
+def gather_text(form: NativeForm) -> str:
+    """Lines that make ``g_out`` [T, H] and ``g_load`` int32 [1] = 0."""
     t = form.attributes["transposed"]
-    hidden, ids, weights, cut = "hidden", "expert_ids", "weights", ""
-    if at_most is not None:
-        cut = f"""
-        g_begin = Constant <value_ints = [0]> ()
-        g_most = Constant <value_ints = [{at_most}]> ()
-        g_hidden_cut = Slice (hidden, g_begin, g_most, g_begin)
-        g_ids_cut = Slice (expert_ids, g_begin, g_most, g_begin)
-        g_weights_cut = Slice (weights, g_begin, g_most, g_begin)
-        """
-        hidden, ids, weights = "g_hidden_cut", "g_ids_cut", "g_weights_cut"
-    owner, mask = ids, ""
+    owner, mask = "expert_ids", ""
     if form.drops:
         owner = "g_owner"
         mask = f"""
         g_zero_i = Constant <value = int32 {{0}}> ()
         g_top_i = Constant <value = int32 {{{form.experts - 1}}}> ()
-        g_low = Less ({ids}, g_zero_i)
-        g_high = Greater ({ids}, g_top_i)
+        g_low = Less (expert_ids, g_zero_i)
+        g_high = Greater (expert_ids, g_top_i)
         g_absent = Or (g_low, g_high)
-        g_raised = Max ({ids}, g_zero_i)
+        g_raised = Max (expert_ids, g_zero_i)
         g_owner = Min (g_raised, g_top_i)
         """
     product = _biased_names(form)
     return f"""
-    {cut}
     {mask}
     g_last = Constant <value_ints = [-1]> ()
     g_second = Constant <value_ints = [1]> ()
-    g_tokens = Cast <to = 1> ({hidden})
+    g_tokens = Cast <to = 1> (hidden)
     g_x_axes = Constant <value_ints = [1, {3 if t else 2}]> ()
     g_x = Unsqueeze (g_tokens, g_x_axes)
     {_product("g_up", "up", owner, "g_x", product("g_inner"), t)}
@@ -100,7 +86,7 @@ def gather_text(form: NativeForm, *, at_most: int | None = None) -> str:
     g_a = Unsqueeze (g_active, g_a_axes)
     {_product("g_down", "down", owner, "g_a", product("g_outer"), t)}
     {_row_bias("g_outer", "down_bias", owner, form)}
-    {_weighted("g_outer", weights, "g_absent" if form.drops else None, "g_", form)}
+    {_weighted("g_outer", "g_absent" if form.drops else None, "g_", form)}
     g_load = Constant <value = int32[1] {{0}}> ()
     """
 
@@ -167,7 +153,7 @@ def _activation(source: str, target: str, prefix: str, form: NativeForm) -> str:
     {target} = Mul ({prefix}bent, {prefix}linear)"""
 
 
-def _weighted(rows: str, weights: str, absent: str | None, prefix: str, form: NativeForm) -> str:
+def _weighted(rows: str, absent: str | None, prefix: str, form: NativeForm) -> str:
     """``<prefix>out`` [T, H] = the sum over K of ``rows`` [T, K, H] (float32) times ``weights``; absent ones
     count nothing, whatever their row holds."""
     masked, mask = rows, ""
@@ -180,7 +166,7 @@ def _weighted(rows: str, weights: str, absent: str | None, prefix: str, form: Na
         """
     return f"""
     {mask}
-    {prefix}weights = Cast <to = 1> ({weights})
+    {prefix}weights = Cast <to = 1> (weights)
     {prefix}weight_column = Unsqueeze ({prefix}weights, {prefix}last)
     {prefix}shares = Mul ({masked}, {prefix}weight_column)
     {prefix}sum = ReduceSum <keepdims = 0> ({prefix}shares, {prefix}second)
@@ -250,7 +236,7 @@ def buckets_text(form: NativeForm) -> str:
     b_back = Reshape (b_back_rows, b_back_shape)
     b_missing_flat = Not (b_placed)
     b_missing = Reshape (b_missing_flat, b_ids_shape)
-    {_weighted("b_back", "weights", "b_missing" if form.drops else None, "b_", form)}
+    {_weighted("b_back", "b_missing" if form.drops else None, "b_", form)}
     """
 
 
@@ -322,8 +308,9 @@ def dense_text(form: NativeForm) -> str:
 def both_text(form: NativeForm, threshold: int) -> str:
     """``out`` [T, H] and ``load``: ``gather`` for T of ``threshold`` or less, else ``buckets``.
 
-    TensorRT keeps one copy of matrices that are constants; matrices that are inputs of the network would be
-    copied into the branch (measured on TensorRT-RTX 1.7).
+    Measured on TensorRT-RTX 1.7: matrices that are constants are kept once, and those that are inputs of the
+    network are copied into the branch; both branches must give [T, H] by the same symbols (with rows cut to
+    ``threshold`` in one of them the build of a whole model fails).
     """
     kind = f"{ONNX_TYPE[form.dtype]}[T, {form.hidden}]"
     return f"""
@@ -333,7 +320,7 @@ def both_text(form: NativeForm, threshold: int) -> str:
     is_few = LessOrEqual (tokens, few)
     out, load = If (is_few) <
         then_branch = gather_experts () => ({kind} g_out, int32[1] g_load) {{
-            {gather_text(form, at_most=threshold)}
+            {gather_text(form)}
         }},
         else_branch = bucket_experts () => ({kind} b_out, int32[1] b_load) {{
             {buckets_text(form)}
