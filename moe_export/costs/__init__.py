@@ -9,8 +9,16 @@ from __future__ import annotations
 from moe_export.costs.exchange import Exchange, all_reduce, all_to_all
 from moe_export.costs.formats import FORMATS, WeightFormat, weight_format
 from moe_export.costs.gpus import GPUS, Gpu, find_gpu
+from moe_export.costs.moe_kernels import (
+    MoeShapes,
+    choose_lowering,
+    choose_tiles,
+    layer_tiles,
+    predict_layer,
+)
 from moe_export.costs.roofline import Assumptions, Time, predict
 from moe_export.costs.routing import Popularity, rank_loads, sample_counts
+from moe_export.costs.tiles import Tile
 from moe_export.costs.work import Work, attention, elementwise, grouped_matmul, matmul
 
 __all__ = [
@@ -19,18 +27,24 @@ __all__ = [
     "Assumptions",
     "Exchange",
     "Gpu",
+    "MoeShapes",
     "Popularity",
+    "Tile",
     "Time",
     "WeightFormat",
     "Work",
     "all_reduce",
     "all_to_all",
     "attention",
+    "choose_lowering",
+    "choose_tiles",
     "elementwise",
     "find_gpu",
     "grouped_matmul",
+    "layer_tiles",
     "matmul",
     "predict",
+    "predict_layer",
     "rank_loads",
     "sample_counts",
     "weight_format",

@@ -3,6 +3,8 @@
 Sheets give memory in GB; it is taken as 10^9 bytes, which is a little less than the boards have. Link
 bandwidth is one direction per GPU: half of what sheets call total NVLink bandwidth, or PCIe x16. The network
 is that of the vendor's 8-GPU system where it is sold with one; otherwise an assumption, which ``note`` says.
+Numbers of multiprocessors: NVIDIA's white papers of the architectures (A100, H100, Ada, RTX Blackwell); that of
+B200 is in no data sheet and taken from published device listings.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ class Gpu:
     """One GPU. Bytes, bytes per second, and operations per second by compute format.
 
     ``node``: GPUs that ``link`` connects; beyond them ``network`` (bytes per second and direction, per GPU).
+    ``sm``: compute capability times ten. ``multiprocessors``: streaming multiprocessors of the board.
     """
 
     name: str
@@ -30,6 +33,8 @@ class Gpu:
     node: int
     network: float
     source: str
+    sm: int
+    multiprocessors: int
     note: str = ""
 
     def peak(self, compute: str) -> float:
@@ -50,6 +55,8 @@ class Gpu:
             "gpus_per_node": self.node,
             "network_bytes_per_s": self.network,
             "source": self.source,
+            "sm": self.sm,
+            "multiprocessors": self.multiprocessors,
             "note": self.note,
         }
 
@@ -62,10 +69,12 @@ def _gpu(
     peaks: tuple[float, float, float | None],
     link: float,
     network: float,
+    processors: tuple[int, int],
     source: str,
     note: str = "",
 ) -> Gpu:
-    """Memory in GB, bandwidths in GB/s, peaks in TFLOPS of float32, 16 bits and float8."""
+    """Memory in GB, bandwidths in GB/s, peaks in TFLOPS of float32, 16 bits and float8; SM and number of
+    multiprocessors."""
     names = ("float32", "bfloat16", "float8")
     return Gpu(
         name,
@@ -77,6 +86,7 @@ def _gpu(
         8,
         network * _GB,
         source,
+        *processors,
         note,
     )
 
@@ -88,42 +98,42 @@ GPUS: dict[str, Gpu] = {
     g.name: g
     for g in (
         _gpu(
-            "a100-40", "A100 SXM 40 GB", 40, 1555, (19.5, 312, None), 300, 25,
+            "a100-40", "A100 SXM 40 GB", 40, 1555, (19.5, 312, None), 300, 25, (80, 108),
             "NVIDIA A100 Tensor Core GPU data sheet; NVIDIA DGX A100 data sheet (8 x 200 Gb/s)",
         ),
         _gpu(
-            "a100-80", "A100 SXM 80 GB", 80, 2039, (19.5, 312, None), 300, 25,
+            "a100-80", "A100 SXM 80 GB", 80, 2039, (19.5, 312, None), 300, 25, (80, 108),
             "NVIDIA A100 Tensor Core GPU data sheet; NVIDIA DGX A100 data sheet (8 x 200 Gb/s)",
         ),
         _gpu(
-            "h100", "H100 SXM 80 GB", 80, 3350, (67, 989.5, 1979), 450, 50,
+            "h100", "H100 SXM 80 GB", 80, 3350, (67, 989.5, 1979), 450, 50, (90, 132),
             "NVIDIA H100 Tensor Core GPU data sheet (its tensor peaks are with sparsity: halved); "
             "NVIDIA DGX H100 data sheet (8 x 400 Gb/s)",
         ),
         _gpu(
-            "h200", "H200 SXM 141 GB", 141, 4800, (67, 989.5, 1979), 450, 50,
+            "h200", "H200 SXM 141 GB", 141, 4800, (67, 989.5, 1979), 450, 50, (90, 132),
             "NVIDIA H200 Tensor Core GPU data sheet (its tensor peaks are with sparsity: halved); "
             "NVIDIA DGX H200 data sheet (8 x 400 Gb/s)",
         ),
         _gpu(
-            "b200", "HGX B200 180 GB", 180, 8000, (75, 2250, 4500), 900, 50,
+            "b200", "HGX B200 180 GB", 180, 8000, (75, 2250, 4500), 900, 50, (100, 148),
             "NVIDIA DGX B200 data sheet, per GPU (8 GPUs: 1,440 GB, 64 TB/s, 72 PFLOPS FP8 with sparsity)",
         ),
         _gpu(
-            "l4", "L4 24 GB", 24, 300, (30.3, 121, 242.5), 32, 12.5,
+            "l4", "L4 24 GB", 24, 300, (30.3, 121, 242.5), 32, 12.5, (89, 58),
             "NVIDIA L4 Tensor Core GPU data sheet (its tensor peaks are with sparsity: halved)", _PCIE4,
         ),
         _gpu(
-            "l40s", "L40S 48 GB", 48, 864, (91.6, 362.05, 733), 32, 12.5,
+            "l40s", "L40S 48 GB", 48, 864, (91.6, 362.05, 733), 32, 12.5, (89, 142),
             "NVIDIA L40S data sheet", _PCIE4,
         ),
         _gpu(
-            "rtx-4090", "GeForce RTX 4090 24 GB", 24, 1008, (82.6, 165.2, 330.3), 32, 12.5,
+            "rtx-4090", "GeForce RTX 4090 24 GB", 24, 1008, (82.6, 165.2, 330.3), 32, 12.5, (89, 128),
             "NVIDIA Ada GPU Architecture white paper, appendix A (FP32 accumulation)",
             _PCIE4 + "; GeForce boards copy through the host's memory",
         ),
         _gpu(
-            "rtx-5090", "GeForce RTX 5090 32 GB", 32, 1792, (104.8, 209.5, 419), 64, 12.5,
+            "rtx-5090", "GeForce RTX 5090 32 GB", 32, 1792, (104.8, 209.5, 419), 64, 12.5, (120, 170),
             "NVIDIA RTX Blackwell GPU Architecture white paper (FP32 accumulation)",
             _PCIE5 + "; GeForce boards copy through the host's memory",
         ),

@@ -48,6 +48,7 @@ def require(kernel: CompiledKernel) -> CompiledKernel:
     """
     if found := problems(kernel):
         raise CheckFailed(
-            f"GPU kernel {kernel.kernel} ({kernel.dtype}, {kernel.sm}, tile {kernel.tile}): {'; '.join(found)}"
+            f"GPU kernel {kernel.kernel} ({kernel.dtype}, {kernel.sm}, tile {kernel.tile}): "
+            f"{'; '.join(found)}"
         )
     return kernel

@@ -1,4 +1,4 @@
-"""The compile matrix: every kernel for every SM, dtype and tile configuration, at the sizes of one MoE layer."""
+"""The compile matrix: every kernel for every SM, dtype and tile configuration, at one MoE layer's sizes."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def _constants(kernel: str) -> dict[str, Any]:
     return {k: v for k, v in LAYER.items() if k in names}
 
 
-HEADERS = ("kernel", "dtype", "tile", "SM", "registers", "shared bytes", "spilled", "tensor instructions", "occupancy",
-           "problems")  # fmt: skip
+HEADERS = ("kernel", "dtype", "tile", "SM", "registers", "shared bytes", "spilled", "tensor instructions",
+           "occupancy", "problems")  # fmt: skip
 
 
 def table_row(kernel: CompiledKernel) -> tuple[str, ...]:
