@@ -13,7 +13,8 @@ from moe_export.costs.tiles import Tile, tiles
 from moe_export.errors import UsageError
 from moe_export.ops import DOMAIN, OPS
 
-from .compile import CompiledKernel, Request, compile_kernels, triton_version
+from .aot import Image
+from .compile import CompiledKernel, Request, compile_kernel, compile_kernels, triton_version
 from .contract import CONTRACTS, DTYPES
 from .experts import STEPS, ExpertShape, tile_sets
 from .library import FORMAT, INDEX, kernel_key
@@ -102,6 +103,17 @@ def _name(value: ir.Value) -> str:
             f"expert weights {value.name!r} are {dtype}; the GPU kernels take {', '.join(names)}"
         )
     return names[dtype]
+
+
+@dataclass(frozen=True)
+class CompilerSource:
+    """PTX compiled when asked for (see :class:`moe_export_plugins.gpu.aot.KernelSource`)."""
+
+    sm: int
+
+    def ptx(self, kernel: str, dtype: str, constants: Mapping[str, Any], tile: Tile) -> Image:
+        made = compile_kernel(kernel, constants, dtype, self.sm, tile)
+        return Image(made.entry, made.ptx, made.shared_bytes, made.parameters)
 
 
 def write_kernels(folder: Path, specs: Iterable[KernelSpec], sms: Sequence[int]) -> tuple[str, ...]:
