@@ -3,8 +3,8 @@
 Sheets give memory in GB; it is taken as 10^9 bytes, which is a little less than the boards have. Link
 bandwidth is one direction per GPU: half of what sheets call total NVLink bandwidth, or PCIe x16. The network
 is that of the vendor's 8-GPU system where it is sold with one; otherwise an assumption, which ``note`` says.
-Numbers of multiprocessors: NVIDIA's white papers of the architectures (A100, H100, Ada, RTX Blackwell); that of
-B200 is in no data sheet and taken from published device listings.
+Numbers of multiprocessors: NVIDIA's white papers of the architectures (A100, H100, Ada, RTX Blackwell); that
+of B200 is in no data sheet and taken from published device listings.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ LAUNCHES = {"gather": 4, "buckets": 14, "dense": 5, "trt_moe": 2}
 ROUTING_LAUNCHES = 4
 """Of a router in plain nodes: score, top-k, normalisation, casts. An assumption."""
 GATHER_TOKENS = 8
-"""Up to so many tokens TensorRT was seen to fuse the gather, so that no weight is copied (or E/K, if more)."""
+"""Up to so many tokens (E/K, if more) TensorRT was seen to fuse the gather: no weight is copied."""
 TRT_MOE_SMS = (100, 103, 110)
 TRT_MOE_TOKENS = 16
 """``TRT_MOE`` is slow for longer sequences (NVIDIA's documentation)."""
@@ -93,7 +93,7 @@ class MoeShapes:
 
 @dataclass(frozen=True)
 class KernelWork:
-    """Work of one launch; ``cached`` bytes through the second-level cache, ``blocks`` of threads with work."""
+    """Work of one launch; ``cached``: bytes through the second-level cache, ``blocks``: those with rows."""
 
     work: Work
     cached: float
