@@ -10,11 +10,12 @@ interpreter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_export.errors import UsageError
+from moe_export.errors import MoeExportError, UsageError
 from moe_export.ops import DOMAIN, OPS
 
 from .driver import Launcher
@@ -58,6 +59,29 @@ def register(
 
 _CREATORS: dict[str, Any] = {}
 """By module name; the registry keeps no reference that keeps a Python object alive."""
+
+
+def problems() -> tuple[str, ...]:
+    """What plugins refused in this process, one line each: TensorRT itself only says that a plugin failed."""
+    return tuple(_PROBLEMS)
+
+
+_PROBLEMS: list[str] = []
+
+
+def _reported(method: Callable[..., Any]) -> Callable[..., Any]:
+    """``method``, which leaves its refusals in :func:`problems`."""
+
+    @functools.wraps(method)
+    def called(*given: Any) -> Any:
+        try:
+            return method(*given)
+        except MoeExportError as error:
+            if str(error) not in _PROBLEMS:
+                _PROBLEMS.append(str(error))
+            raise
+
+    return called
 
 
 def decode_fields(fields: Sequence[Any]) -> dict[str, Any]:
@@ -188,9 +212,11 @@ def _classes(trt: Any) -> Any:
                 return name in biases and (pos == 5 or desc.type == in_out[5].desc.type)
             return name not in (None, "int32") and (pos == 0 or desc.type == in_out[0].desc.type)
 
+        @_reported
         def configure_plugin(self, inputs: Sequence[Any], _outputs: Sequence[Any]) -> None:
             self.shape = _make_shape(trt, self.attributes, [d.desc for d in inputs])
 
+        @_reported
         def get_workspace_size(self, inputs: Sequence[Any], _outputs: Sequence[Any]) -> int:
             shape = _make_shape(trt, self.attributes, [d.desc for d in inputs])
             return scratch_bytes(shape, max(inputs[0].max[0], inputs[0].desc.dims[0]))
@@ -211,6 +237,7 @@ def _classes(trt: Any) -> Any:
                 return choose_tiles(shape, tokens)
             return tile_sets(shape.dtype)[self.tactic - BY_TOKENS - 1]
 
+        @_reported
         def on_shape_change(self, inputs: Sequence[Any], _outputs: Sequence[Any]) -> None:
             # Kernels are loaded here: enqueue may run under CUDA graph capture, which allows no loading.
             self.shape = _make_shape(trt, self.attributes, inputs)
@@ -218,6 +245,7 @@ def _classes(trt: Any) -> Any:
             if tokens:
                 self.kernels.load(self.shape, self._tiles(self.shape, tokens))
 
+        @_reported
         def enqueue(
             self,
             input_desc: Sequence[Any],
@@ -246,6 +274,7 @@ def _classes(trt: Any) -> Any:
                 [trt.PluginField(a.name, np.array([]), field_types[a.kind]) for a in OPS[NAME].attributes]
             )
 
+        @_reported
         def create_plugin(self, _name: str, fields: Sequence[Any], _phase: Any) -> Any:
             return ExpertPlugin(self.kernels, OPS[NAME].complete(decode_fields(fields)))
 

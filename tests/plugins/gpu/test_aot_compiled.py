@@ -1,5 +1,5 @@
-"""The ahead-of-time plugins with kernels compiled for real: what a plan would hold is PTX of one function that
-takes exactly the arguments TensorRT passes."""
+"""The ahead-of-time plugins with kernels compiled for real: a plan would hold PTX of one function that takes
+exactly the arguments TensorRT passes."""
 
 from __future__ import annotations
 
