@@ -23,8 +23,8 @@ enum class Path {
 
 // From this many rows on, float16 and bfloat16 panels are widened once instead of in every tile.
 constexpr int64_t kWidenFrom = 2 * kTileRows + 1;
-// Up to this many rows, codes are converted in the tile, from there on once per block.
-constexpr int64_t kCodesUpTo = kTileRows;
+// Up to this many rows, codes are converted in each tile; from there on a block is once, for all of them.
+constexpr int64_t kCodesUpTo = 2 * kTileRows;
 // Up to this many rows, columns that lie contiguously are multiplied as dot products.
 constexpr int64_t kDotUpTo = kDotRows;
 // Bytes that a tile which streams its panel from memory prefetches ahead.
@@ -176,19 +176,30 @@ class PanelProduct {
   // One block of the depth, straight from the codes.
   void RunCodes(const RowSource& rows, int64_t first, int64_t count, int64_t k, int64_t depth,
                 float* c) const {
-    const float* a[kTileRows];
-    for (int64_t r = 0; r < count; ++r) a[r] = rows.Row(first + r) + k;
-    kernels_.code_tile[CodeIndex(stack_.code_bits)](static_cast<int>(count), a, Codes(k), Scales(k),
-                                                    stack_.block, depth, c, k > 0);
+    for (int64_t row = 0; row < count;) {
+      const float* a[kTileRows];
+      const int64_t height = NextTile(rows, first, count, row, k, a);
+      kernels_.code_tile[CodeIndex(stack_.code_bits)](static_cast<int>(height), a, Codes(k), Scales(k),
+                                                      stack_.block, depth, c + row * kTileColumns, k > 0);
+      row += height;
+    }
+  }
+
+  // Rows of the tile that begins at `row`: tiles of a count differ by one row at most.
+  static int64_t NextTile(const RowSource& rows, int64_t first, int64_t count, int64_t row, int64_t k,
+                          const float** a) {
+    const int64_t tiles = (count - row + kTileRows - 1) / kTileRows;
+    const int64_t height = (count - row + tiles - 1) / tiles;
+    for (int64_t r = 0; r < height; ++r) a[r] = rows.Row(first + row + r) + k;
+    return height;
   }
 
   void RunTiles(const Source& source, const RowSource& rows, int64_t first, int64_t count, int64_t k,
                 int64_t depth, int64_t tiles, float* c) const {
     int64_t row = 0;
     for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t height = (count - row + (tiles - tile) - 1) / (tiles - tile);
       const float* a[kTileRows];
-      for (int64_t r = 0; r < height; ++r) a[r] = rows.Row(first + row + r) + k;
+      const int64_t height = NextTile(rows, first, count, row, k, a);
       Prefetch lines = Prefetch::kNone;
       const void* ahead = Ahead(source, tiles, tile, depth, &lines);
       kernels_.tile[source.type](static_cast<int>(height), a, source.b0, source.b1, source.stride, depth,
