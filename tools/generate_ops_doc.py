@@ -65,7 +65,7 @@ def _section(op: OpContract) -> list[str]:
 def _params(kind: str, params: tuple[Param, ...]) -> list[str]:
     rows = [
         [
-            f"`{p.name}`" + (" (optional)" if p.optional else ""),
+            f"`{p.name}`" + (" (optional)" if p.optional else f" (× `{p.count}`)" if p.count else ""),
             f"[{', '.join(p.shape)}]",
             ", ".join(p.dtypes),
             p.doc,

@@ -3,20 +3,40 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ..passes.base import PassContext
 from ..passes.pipelines import run_pipeline
 from ..schema import Decision, EngineFile, ModelIO, MoELayer
+from .weight_files import place_weights
 
 if TYPE_CHECKING:
     from ..importer.export import ExportedModel
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
+
+
+class LayerSize(Protocol):
+    """What is known of an MoE layer before it is exported; None: nothing tells."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def num_experts(self) -> int: ...
+
+    @property
+    def top_k(self) -> int | None: ...
+
+    @property
+    def hidden_size(self) -> int | None: ...
+
+    @property
+    def intermediate_size(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -68,7 +88,6 @@ class Backend(ABC):
             list(exported.notes),
             float32_weights=exported.float32_weights,
         )
-        self._check(context)
         run_pipeline(self.name, context)
         plans = self._write(context, folder) or Plans()
         return Lowered(
@@ -94,11 +113,11 @@ class Backend(ABC):
         """
         return {}
 
-    def _check(self, context: PassContext) -> None:
-        """Refuse a model that this target cannot hold, before it is lowered.
+    def check_layers(self, layers: Iterable[LayerSize], options: Mapping[str, Any]) -> None:
+        """Refuse MoE layers that this target cannot hold, before the model is exported.
 
         Raises:
-            UsageError: names the limit and what to do instead.
+            UsageError: names the layer, the limit and what to do instead.
         """
         return None
 
@@ -112,7 +131,7 @@ class Backend(ABC):
 
 
 def write_onnx(context: PassContext, folder: Path) -> None:
-    """Write ``model.onnx`` with its weights in ``model.onnx.data``."""
+    """Write ``model.onnx`` with its weights in ``model.onnx.data``, or where the checkpoint has them."""
     import onnx_ir as ir
 
     model = context.model
@@ -122,4 +141,7 @@ def write_onnx(context: PassContext, folder: Path) -> None:
         node.metadata_props.clear()
         node.doc_string = None
     model.ir_version = 10
-    ir.save(model, folder / MODEL_FILE, external_data=DATA_FILE)
+    files = place_weights(model, folder, DATA_FILE)
+    if files.referenced:
+        context.notes.append(f"weights: {files.text()}")
+    ir.save(model, folder / MODEL_FILE)

@@ -43,3 +43,26 @@ def exact_rewrites() -> Iterator[None]:
         yield
     finally:
         _matcher.math = before
+
+
+@contextmanager
+def weights_where_they_lie() -> Iterator[None]:
+    """Inside, onnxscript does not transpose weights ahead of time, which would read and copy every one.
+
+    Raises:
+        EnvironmentLacksError: this onnxscript does not keep the ops it always folds where it is known to.
+    """
+    import onnxscript
+    from onnxscript.optimizer import _constant_folding
+
+    before = getattr(_constant_folding, "_DEFAULT_ALWAYS_FOLD_OPS", None)
+    if before is None:
+        raise EnvironmentLacksError(
+            f"onnxscript {onnxscript.__version__} is not one that moe-export knows how to keep from copying "
+            "weights; install the version in constraints.txt"
+        )
+    _constant_folding._DEFAULT_ALWAYS_FOLD_OPS = frozenset()
+    try:
+        yield
+    finally:
+        _constant_folding._DEFAULT_ALWAYS_FOLD_OPS = before

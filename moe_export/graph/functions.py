@@ -49,7 +49,8 @@ def attach_functions(model: ir.Model, opset: int) -> None:
                 need("Combine", {})
     for identifier in [k for k in model.functions if k[0] == DOMAIN]:
         del model.functions[identifier]
-    for name in ("Dispatch", "GroupedMatMul", "Combine", "Router", "ExpertMLP", "QuantizedExpertMLP"):
+    # The compounds last: their bodies call the others.
+    for name in sorted(OPS, key=lambda name: name in ("ExpertMLP", "QuantizedExpertMLP")):
         if name in needed:
             function = ir.from_proto(OPS[name].function(needed[name][1], opset))
             model.functions[function.identifier()] = function

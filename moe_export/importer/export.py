@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from torch import nn
 
+    from .graphs import TracedGraph
+
 
 @dataclass(frozen=True)
 class ExportedModel:
@@ -148,15 +150,23 @@ def _trace(loaded: LoadedSource, dtype: str, opset: int) -> tuple[ir.Model, Mode
     with hooked(model, family):
         if loaded.kind == "module":
             plan = graphs.module_graph(model, sample, loaded.dynamic)
-        elif loaded.task == "feature-extraction":
-            plan = graphs.plain_graph(model, "last_hidden_state")
-        elif loaded.encoder_decoder:
-            plan = graphs.plain_graph(model, "logits", encoder_decoder=True)
+        elif loaded.stored is not None:
+            plan = graphs.from_shapes(lambda: _library_graph(model, loaded))
         else:
-            plan = graphs.decoder_graph(model)
-        graph, io = trace(plan, opset)
+            plan = _library_graph(model, loaded)
+        graph, io = trace(plan, opset, loaded.stored)
         _check_experts_traced(moe_layer_names(model), graph)
     return graph, io
+
+
+def _library_graph(model: Any, loaded: LoadedSource) -> TracedGraph:
+    from . import graphs
+
+    if loaded.task == "feature-extraction":
+        return graphs.plain_graph(model, "last_hidden_state")
+    if loaded.encoder_decoder:
+        return graphs.plain_graph(model, "logits", encoder_decoder=True)
+    return graphs.decoder_graph(model)
 
 
 def _check_experts_traced(expected: set[str], graph: ir.Model) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from .weight_sources import StoredWeights
+
 
 @dataclass(frozen=True)
 class LoadedSource:
@@ -33,6 +36,8 @@ class LoadedSource:
     dynamic: dict[str, dict[int, str]] = field(default_factory=dict)
     text: TextInfo | None = None
     tokenizer_files: tuple[Path, ...] = ()
+    stored: StoredWeights | None = None
+    """Where the weights lie, of a source whose ``module`` is hollow (:mod:`moe_export.importer.hollow`)."""
 
     @property
     def encoder_decoder(self) -> bool:
@@ -49,6 +54,7 @@ def load_source(
     inputs: dict[str, torch.Tensor] | None = None,
     dynamic: dict[str, dict[int, str]] | None = None,
     trust_remote_code: bool = False,
+    hollow: bool = False,
     progress: Progress | None = None,
 ) -> LoadedSource:
     """Load ``source`` in float32 and eval mode.
@@ -60,6 +66,7 @@ def load_source(
         task: one of :data:`moe_export.schema.TASKS`; None = chosen from the model.
         inputs: sample inputs of an own module by name.
         dynamic: input name → {axis: symbolic dimension}; every other axis is fixed.
+        hollow: leave the large weights of a model folder where they lie; the model can be traced, not run.
 
     Raises:
         SourceError: the source is missing, damaged or of an unknown or refused family.
@@ -90,7 +97,7 @@ def load_source(
         return module_source(module, text, inputs or found_inputs, dynamic or found_dynamic, task)
     if text.endswith(".py"):
         raise SourceError(f"{text}: name the function that makes the model: {text}:build")
-    return _folder_source(Path(text), task, trust_remote_code, progress or NullProgress())
+    return _folder_source(Path(text), task, trust_remote_code, hollow, progress or NullProgress())
 
 
 def _require(module: str, package: str) -> None:
@@ -140,11 +147,11 @@ def check_finite_state(module: nn.Module) -> None:
 
 
 def _folder_source(
-    folder: Path, task: str | None, trust_remote_code: bool, progress: Progress
+    folder: Path, task: str | None, trust_remote_code: bool, hollow: bool, progress: Progress
 ) -> LoadedSource:
     from .checkpoint import check_finite, inspect_checkpoint, source_hash
 
-    inspect_checkpoint(folder, trust_remote_code=trust_remote_code)
+    checkpoint = inspect_checkpoint(folder, trust_remote_code=trust_remote_code)
     check_finite(folder, progress)
     digest = source_hash(folder, progress)
     _require("transformers", "transformers")
@@ -159,6 +166,11 @@ def _folder_source(
         except Exception as error:  # each configuration class raises its own
             raise SourceError(f"{folder}/config.json: transformers cannot read it: {_told(error)}") from error
         loader, options = _loader(folder, config, trust_remote_code)
+        if hollow:
+            from .hollow import hollow_model
+
+            model, stored = hollow_model(loader, config, checkpoint, options)
+            return dataclasses.replace(_library_source(model, str(folder), task, digest), stored=stored)
         try:
             model, loading = loader.from_pretrained(
                 folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options

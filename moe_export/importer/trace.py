@@ -13,18 +13,21 @@ import torch
 from torch.utils._sympy.numbers import int_oo
 
 from ..errors import ExportError
-from ..graph.exact_rewrites import exact_rewrites
+from ..graph.exact_rewrites import exact_rewrites, weights_where_they_lie
 from ..graph.functions import attach_functions
 from ..graph.names import move_aside
 from ..models.patches import step_differs
 from ..ops.torch_ops import translation_table
 from ..schema import ModelIO
 from .graphs import TracedGraph
+from .referenced import refer_to_weights
 from .self_check import check_program
 from .trace_errors import FIX, dimension_name, first_line, frozen, refused
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+    from .weight_sources import StoredWeights
 
 OPSETS = (20, 21, 22, 24)
 """ONNX opsets that ONNX Runtime runs correctly. 23 is refused: its RotaryEmbedding breaks there."""
@@ -129,8 +132,13 @@ def check_opset(opset: int) -> None:
         )
 
 
-def trace(plan: TracedGraph, opset: int) -> tuple[ir.Model, ModelIO]:
+def trace(
+    plan: TracedGraph, opset: int, stored: StoredWeights | None = None
+) -> tuple[ir.Model, ModelIO]:
     """Trace, check, and translate to ONNX with our ops as nodes and their bodies as functions.
+
+    ``stored``: the model is hollow, and this says where its weights lie; the graph then refers to them there,
+    and the traced program is not run beside the model, which would need the weights.
 
     Returns the model and its inputs and outputs with every dimension named.
 
@@ -149,9 +157,10 @@ def trace(plan: TracedGraph, opset: int) -> tuple[ir.Model, ModelIO]:
         except Exception as error:  # torch.export lets through whatever the model's own code raises.
             raise refused(error, plan.io, plan.subject) from error
         symbols = _check_dynamic(program, plan)
-        check_program(
-            program, plan, single_tokens=not step_differs(getattr(plan.module, "model", plan.module))
-        )
+        if stored is None:
+            check_program(
+                program, plan, single_tokens=not step_differs(getattr(plan.module, "model", plan.module))
+            )
         apply_fx_node_fixes("onnx", program.graph_module)
         try:
             exported = torch.onnx.export(
@@ -161,12 +170,16 @@ def trace(plan: TracedGraph, opset: int) -> tuple[ir.Model, ModelIO]:
                 output_names=[spec.name for spec in plan.io.outputs],
                 custom_translation_table={**_library_table(), **translation_table()},
                 opset_version=opset,
-                optimize=True,
+                optimize=stored is None,
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
             raise ExportError(f"the traced model has no ONNX form: {first_line(error)}") from error
         assert exported is not None
+        if stored is not None:
+            refer_to_weights(exported.model, stored)
+            with weights_where_they_lie():
+                exported.optimize()
         from transformers.exporters.exporter_onnx import apply_onnx_ir_fixes
 
         apply_onnx_ir_fixes(exported)

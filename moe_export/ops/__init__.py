@@ -6,13 +6,15 @@ from ..errors import UsageError, choices_text
 from .combine import COMBINE
 from .contract import DOMAIN, VERSION, Attribute, OpContract, Param, Tolerance
 from .dispatch import DISPATCH
+from .expert_matmul import EXPERT_MATMUL
 from .expert_mlp import EXPERT_MLP
 from .grouped_matmul import GROUPED_MATMUL
 from .quantized_expert_mlp import QUANTIZED_EXPERT_MLP
 from .router import ROUTER
 
 OPS: dict[str, OpContract] = {
-    op.name: op for op in (ROUTER, DISPATCH, GROUPED_MATMUL, COMBINE, EXPERT_MLP, QUANTIZED_EXPERT_MLP)
+    op.name: op
+    for op in (ROUTER, DISPATCH, GROUPED_MATMUL, EXPERT_MATMUL, COMBINE, EXPERT_MLP, QUANTIZED_EXPERT_MLP)
 }
 """Every op by name."""
 

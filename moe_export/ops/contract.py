@@ -28,6 +28,14 @@ class Param:
     dtypes: tuple[str, ...]
     doc: str
     optional: bool = False
+    count: str = ""
+    """Name of the attribute that says how many inputs of this kind there are; empty: one. The last input."""
+
+    def names(self, attributes: Mapping[str, Any]) -> list[str]:
+        """Its name, or one for each of them."""
+        if not self.count:
+            return [self.name]
+        return [f"{self.name}_{index}" for index in range(attributes[self.count])]
 
 
 @dataclass(frozen=True)
@@ -130,7 +138,7 @@ class OpContract:
         full = self.complete(attributes)
         names = ", ".join(a.name for a in self.attributes)
         declared = f"<{names}>" if names else ""
-        ins = ", ".join(p.name for p in self.inputs)
+        ins = ", ".join(name for p in self.inputs for name in p.names(full))
         outs = ", ".join(p.name for p in self.outputs)
         text = (
             f'<domain: "{DOMAIN}", opset_import: ["" : {opset}, "{DOMAIN}" : {VERSION}]>\n'

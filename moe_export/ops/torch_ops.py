@@ -109,6 +109,7 @@ def _schema(op: OpContract) -> Any:
 
     optional = defs.OpSchema.FormalParameterOption.Optional
     single = defs.OpSchema.FormalParameterOption.Single
+    variadic = defs.OpSchema.FormalParameterOption.Variadic
     tensor = {
         "float32": "tensor(float)",
         "float16": "tensor(float16)",
@@ -129,7 +130,10 @@ def _schema(op: OpContract) -> Any:
             constraints.setdefault(name, tuple(tensor[d] for d in p.dtypes))
             out.append(
                 defs.OpSchema.FormalParameter(
-                    p.name, name, p.doc, param_option=optional if p.optional else single
+                    p.name,
+                    name,
+                    p.doc,
+                    param_option=variadic if p.count else optional if p.optional else single,
                 )
             )
         return out

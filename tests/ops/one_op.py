@@ -39,6 +39,7 @@ def onnx_model(
     op = OPS[name]
     full = op.complete(attributes)
     given = [p for p in op.inputs if p.name in dtypes]
+    inputs = [(n if p.name in dtypes else "", p) for p in op.inputs for n in p.names(full)]
     first_float = next((dtypes[p.name] for p in given if dtypes[p.name].startswith(("f", "b"))), "float32")
     names = [p.name for p in op.outputs]
     nodes = []
@@ -48,9 +49,7 @@ def onnx_model(
         first_float, names = "float32", ["out.bfloat16"]
     nodes.insert(
         0,
-        helper.make_node(
-            name, [p.name if p.name in dtypes else "" for p in op.inputs], names, domain=DOMAIN, **full
-        ),
+        helper.make_node(name, [n for n, _ in inputs], names, domain=DOMAIN, **full),
     )
     outputs = [
         _value(p.name, first_float if len(p.dtypes) > 1 else p.dtypes[0], len(p.shape)) for p in op.outputs
@@ -72,7 +71,7 @@ def onnx_model(
     if full.get("bits") == 4:
         ranks |= {"up_codes": 5, "down_codes": 5}
     graph = helper.make_graph(
-        nodes, name, [_value(p.name, dtypes[p.name], ranks[p.name]) for p in given], outputs
+        nodes, name, [_value(n, dtypes[p.name], ranks[p.name]) for n, p in inputs if n], outputs
     )
     model = helper.make_model(
         graph,
@@ -126,6 +125,20 @@ def _ort_value(array: NDArray[Any]) -> Any:
             array.view(np.uint16), onnx.TensorProto.BFLOAT16
         )
     return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+
+def evaluate(engine: str, model: onnx.ModelProto, feeds: Mapping[str, Any]) -> list[NDArray[Any]]:
+    """A model's outputs in ``onnxruntime`` or ``onnx.reference``."""
+    if engine == "onnx.reference":
+        return list(ReferenceEvaluator(model).run(None, dict(feeds)))
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    values = {name: _ort_value(array) for name, array in feeds.items()}
+    return [value.numpy() for value in session.run_with_ort_values(None, values)]
 
 
 def in_onnx_reference(

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moe_export.errors import UsageError
 from moe_export.ops import OPS
 from moe_export.ops.contract import FLOAT_TYPES
 
@@ -21,7 +22,17 @@ from .cases import (
     router_inputs,
     routings,
 )
-from .one_op import NUMPY, OPSETS, assert_equal, expected, in_onnx_reference, in_onnxruntime, problem
+from .one_op import (
+    NUMPY,
+    OPSETS,
+    assert_equal,
+    evaluate,
+    expected,
+    in_onnx_reference,
+    in_onnxruntime,
+    onnx_model,
+    problem,
+)
 
 BOTH = (in_onnxruntime, in_onnx_reference)
 FLOATS = [
@@ -67,6 +78,25 @@ def test_grouped_matmul(run: Any, transposed: int, opset: int) -> None:
             got = run("GroupedMatMul", inputs, attributes, opset)
             assert_equal("GroupedMatMul", dtype, got, expected("GroupedMatMul", inputs, attributes))
             assert got[0].dtype == output_dtype(dtype)
+
+
+@pytest.mark.parametrize("opset", OPSETS)
+@pytest.mark.parametrize("engine", ["onnxruntime", "onnx.reference"])
+def test_expert_matmul(engine: str, opset: int) -> None:
+    for ids, experts in routings():
+        order, offsets, _ = OPS["Dispatch"].reference(ids, experts)
+        for dtype, weight_dtype in FLOATS if opset == 20 else FLOATS[:1]:
+            rows = randoms(dtype, len(order), 6)
+            weight = randoms(weight_dtype, experts, 5, 6, seed=1)
+            dtypes = {"rows": dtype, "offsets": "int64", "weight": weight_dtype}
+            model = onnx_model("ExpertMatMul", {"num_experts": experts}, dtypes, opset)
+            feeds = {"rows": rows, "offsets": offsets, **{f"weight_{e}": w for e, w in enumerate(weight)}}
+            got = evaluate(engine, model, feeds)
+            want = OPS["ExpertMatMul"].reference(rows, offsets, *weight, num_experts=experts)
+            assert_equal("ExpertMatMul", dtype, got, [want])
+            assert got[0].dtype == output_dtype(dtype)
+            with pytest.raises(UsageError, match=f"{experts + 1} matrices for {experts} experts"):
+                OPS["ExpertMatMul"].reference(rows, offsets, *weight, weight[0], num_experts=experts)
 
 
 @pytest.mark.parametrize("opset", OPSETS)

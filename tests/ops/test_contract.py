@@ -19,6 +19,7 @@ SMALLEST = {
     "Router": {"top_k": 2},
     "Dispatch": {"num_experts": 4},
     "GroupedMatMul": {},
+    "ExpertMatMul": {"num_experts": 4},
     "Combine": {},
     "ExpertMLP": {"num_experts": 4},
     "QuantizedExpertMLP": {"num_experts": 4},

@@ -101,7 +101,7 @@ def test_lost_logits_are_caught() -> None:
 def test_unknown_target_lists_the_choices() -> None:
     with pytest.raises(UsageError, match="unknown target 'onnxruntim'; nearest: onnxruntime"):
         run_pipeline("onnxruntim", one_layer())
-    assert set(PIPELINES) == {"portable", "onnxruntime"}
+    assert set(PIPELINES) == {"portable", "onnxruntime", "tensorrt", "tensorrt-rtx"}
 
 
 @pytest.mark.parametrize("target", sorted(PIPELINES))

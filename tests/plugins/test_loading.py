@@ -188,7 +188,10 @@ def test_the_kernels_take_every_dtype_that_the_contracts_allow() -> None:
     from moe_export.ops import OPS
 
     required = {"Router": {"top_k": 1}, "Dispatch": {"num_experts": 2}, "ExpertMLP": {"num_experts": 2}}
+    no_kernel = {"ExpertMatMul"}  # only portable models hold it
     for name, op in OPS.items():
+        if name in no_kernel:
+            continue
         given = [p for p in op.inputs if not p.optional]
         for dtypes in product(*(p.dtypes for p in given)):
             chosen = dict(zip((p.name for p in given), dtypes, strict=True))

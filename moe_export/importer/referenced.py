@@ -1,0 +1,166 @@
+"""The weights of a traced graph as references into the checkpoint, in place of the hollow model's zeros.
+
+After this, every initializer gives the true values when it is read, whoever reads it: what lies in the
+checkpoint as the graph needs it is an external tensor there, the rest is read or converted at that moment.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ExportError
+from ..graph.expert_tensors import EXPERT_TENSORS
+from ..ops import DOMAIN
+from .weight_sources import AsStored, PerExpert, StoredWeights, WeightSource
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+INLINE = 8192
+"""Elements up to which a weight is kept in the graph: what optimisers fold."""
+
+_DTYPES = {"F64": "DOUBLE", "F32": "FLOAT", "F16": "FLOAT16", "BF16": "BFLOAT16", "I64": "INT64",
+           "I32": "INT32", "I16": "INT16", "I8": "INT8", "U8": "UINT8", "BOOL": "BOOL"}  # fmt: skip
+
+
+def refer_to_weights(model: ir.Model, stored: StoredWeights, prefix: str = "model.") -> None:
+    """Replace the value of every initializer that is a weight of the model (its name is ``prefix`` and the
+    model's own name for it).
+
+    A weight stored in another float type than the graph computes in keeps its type and is cast where it is
+    used; our own ops read it as it is.
+
+    Raises:
+        ExportError: a weight of the graph is none of the model, so that nobody knows its values.
+    """
+    graph = model.graph
+    for value in list(graph.initializers.values()):
+        name = (value.name or "").removeprefix(prefix)
+        source = stored.sources.get(name)
+        held = value.const_value
+        if source is None:
+            if held is not None and held.size > INLINE and _hollow(held):
+                raise ExportError(
+                    f"initializer {value.name!r} of {held.size} elements was made from weights that were not "
+                    "loaded; export with --weights load"
+                )
+            continue
+        if held is None or held.size <= INLINE:
+            continue
+        tensor = _tensor(stored, name, source, value)
+        value.const_value = tensor
+        if tensor.dtype != value.dtype:
+            _cast_at_use(graph, value, tensor.dtype)
+
+
+def _hollow(tensor: Any) -> bool:
+    """Whether a large tensor looks like one that nobody filled in."""
+    return bool(tensor.dtype.is_floating_point()) and not tensor.numpy().any()
+
+
+def _tensor(stored: StoredWeights, name: str, source: WeightSource, value: ir.Value) -> Any:
+    import onnx_ir as ir
+
+    shape = value.shape
+    assert shape is not None and value.name is not None and value.dtype is not None
+    if isinstance(source, AsStored):
+        return _external(stored, source.tensor, value.name)
+    if isinstance(source, PerExpert):
+        dtypes = {stored.checkpoint.tensors[n].dtype for n in source.tensors}
+        dtype = _onnx_dtype(dtypes.pop()) if len(dtypes) == 1 else value.dtype
+        stack = ir.LazyTensor(
+            lambda: ir.tensor(_numpy(stored, name, dtype), dtype=dtype),
+            dtype=dtype,
+            shape=ir.Shape(shape),
+            name=value.name,
+        )
+        stack.meta[EXPERT_TENSORS] = tuple(
+            tuple(_external(stored, tensor, f"{prefix_of(value.name)}{tensor}") for tensor in part)
+            for part in source.parts
+        )
+        return stack
+    dtype = value.dtype
+    return ir.LazyTensor(
+        lambda: ir.tensor(_numpy(stored, name, dtype), dtype=dtype),
+        dtype=dtype,
+        shape=ir.Shape(shape),
+        name=value.name,
+    )
+
+
+def prefix_of(name: str) -> str:
+    """The part of an initializer's name that the graph put before the model's own."""
+    return name.partition(".")[0] + "."
+
+
+def _numpy(stored: StoredWeights, name: str, dtype: ir.DataType) -> Any:
+    import ml_dtypes
+    import torch
+
+    tensor = stored.weight(name).contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16).astype(dtype.numpy(), copy=False)
+    return tensor.numpy().astype(dtype.numpy(), copy=False)
+
+
+def _external(stored: StoredWeights, tensor: str, name: str) -> ir.ExternalTensor:
+    import onnx_ir as ir
+
+    info = stored.checkpoint.tensors[tensor]
+    return ir.ExternalTensor(
+        info.shard,
+        info.begin,
+        info.nbytes,
+        _onnx_dtype(info.dtype),
+        shape=ir.Shape(info.shape),
+        name=name,
+        base_dir=stored.checkpoint.folder,
+    )
+
+
+def _onnx_dtype(name: str) -> ir.DataType:
+    import onnx_ir as ir
+
+    return ir.DataType[_DTYPES[name]]
+
+
+def _cast_at_use(graph: ir.Graph, value: ir.Value, stored: ir.DataType) -> None:
+    """The initializer in its stored dtype; a Cast for those who need the graph's."""
+    import onnx_ir as ir
+
+    wanted = value.dtype
+    assert wanted is not None and value.name is not None
+    uses = list(value.uses())
+    value.dtype = stored
+    others = []
+    for node, index in uses:
+        if node.domain == DOMAIN:
+            continue
+        if node.op_type == "Gather" and index == 0:  # rows are looked up first, then cast
+            _cast_output(graph, node, stored, wanted)
+            continue
+        others.append((node, index))
+    if not others:
+        return
+    cast = ir.node("Cast", [value], attributes={"to": wanted.value}, name=f"{value.name}.cast")
+    cast.outputs[0].name = f"{value.name}.{wanted.name.lower()}"
+    cast.outputs[0].shape, cast.outputs[0].dtype = value.shape, wanted
+    graph.insert_before(graph[0], cast)
+    for node, index in others:
+        node.replace_input_with(index, cast.outputs[0])
+
+
+def _cast_output(graph: ir.Graph, node: ir.Node, stored: ir.DataType, wanted: ir.DataType) -> None:
+    import onnx_ir as ir
+
+    out = node.outputs[0]
+    cast = ir.node("Cast", [out], attributes={"to": wanted.value})
+    cast.outputs[0].shape, cast.outputs[0].dtype = out.shape, wanted
+    users = list(out.uses())
+    name, out.name = out.name, f"{out.name}.{stored.name.lower()}"
+    cast.outputs[0].name = name
+    out.dtype = stored
+    for user, index in users:
+        if user is not cast:
+            user.replace_input_with(index, cast.outputs[0])
+    graph.insert_after(node, cast)

@@ -1,0 +1,144 @@
+"""Models whose weights are left where they lie: the same model, and the same engine, as the loaded one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import psutil
+import pytest
+import torch
+import transformers
+
+from moe_export.backends import get_backend
+from moe_export.errors import SourceError
+from moe_export.importer import hollow
+from moe_export.importer.checkpoint import inspect_checkpoint
+from moe_export.importer.export import export_model
+from moe_export.importer.sources import load_source
+from moe_export.importer.weight_sources import Converted, PerExpert, stored_weights
+from moe_export.models.families import FAMILIES, tiny_model
+
+RANDOM_BUFFERS = {"zaya": "balancing_biases"}
+"""Buffers that no checkpoint holds and that the tiny model draws at random."""
+
+
+def saved(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    model = tiny_model(family, model_class=FAMILIES[family].classes[0]).to(dtype)
+    model.save_pretrained(folder)
+    return model
+
+
+def check_equal(family: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every parameter and buffer of the hollow model, with all weights read, is the saved model's."""
+    monkeypatch.setattr(hollow, "SMALL", 1 << 40)
+    model = saved(family, folder)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    made, _ = hollow.hollow_model(type(model), config, inspect_checkpoint(folder))
+    wanted = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    got = {**dict(made.named_parameters()), **dict(made.named_buffers())}
+    assert set(got) == set(wanted)
+    for name, value in wanted.items():
+        if family in RANDOM_BUFFERS and RANDOM_BUFFERS[family] in name:
+            continue
+        assert got[name].dtype == value.dtype
+        assert torch.equal(torch.nan_to_num(got[name]), torch.nan_to_num(value)), name
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "inkling2", "switch_transformers"])
+def test_the_hollow_model_is_the_saved_one(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_equal(family, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [n for n, f in FAMILIES.items() if f.status != "refused"])
+def test_every_familys_hollow_model_is_the_saved_one(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_equal(family, tmp_path, monkeypatch)
+
+
+def test_where_weights_come_from(tmp_path: Path) -> None:
+    model = saved("mixtral", tmp_path / "mixtral")
+    stored = stored_weights(model, inspect_checkpoint(tmp_path / "mixtral"))
+    source = stored.sources["model.layers.0.mlp.experts.gate_up_proj"]
+    assert isinstance(source, PerExpert)
+    assert [part[1].rpartition("experts.")[2] for part in source.parts] == ["1.w1.weight", "1.w3.weight"]
+    gate_up = model.model.layers[0].mlp.experts.gate_up_proj
+    assert torch.equal(stored.weight("model.layers.0.mlp.experts.gate_up_proj"), gate_up)
+    model = saved("inkling2", tmp_path / "inkling2")
+    stored = stored_weights(model, inspect_checkpoint(tmp_path / "inkling2"))
+    converted = [name for name, source in stored.sources.items() if isinstance(source, Converted)]
+    assert converted
+    for name in converted:
+        assert torch.equal(stored.weight(name), model.state_dict()[name]), name
+
+
+def test_a_lacking_or_misshapen_weight_is_named(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    saved("mixtral", tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    key = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+    kept = {k: v for k, v in tensors.items() if k != key}
+    save_file(kept, file, {"format": "pt"})
+    with pytest.raises(SourceError, match=r"another shape of model\.layers\.1\.mlp\.experts\.down_proj"):
+        load_source(tmp_path, hollow=True)
+    save_file({k: v for k, v in tensors.items() if "final" not in k and k != "model.norm.weight"}, file)
+    with pytest.raises(SourceError, match=r"lack model\.norm\.weight"):
+        load_source(tmp_path, hollow=True)
+
+
+def test_a_hollow_tensor_takes_no_memory() -> None:
+    process = psutil.Process()
+    before = process.memory_info().rss
+    tensor = hollow.hollow_tensor((1 << 14, 1 << 20), torch.float32)  # 64 GiB
+    assert tensor.shape == (1 << 14, 1 << 20) and float(tensor[5, 7]) == 0.0
+    assert process.memory_info().rss - before < 64 << 20
+    assert hollow.hollow_tensor((0, 4), torch.float32).shape == (0, 4)
+
+
+def run(folder: Path, io: Any) -> list[np.ndarray[Any, Any]]:
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    random = np.random.default_rng(0)
+    sizes = {"batch": 2, "sequence": 5, "past": 3, "total": 8}
+    feeds = {}
+    for spec in io.inputs:
+        shape = [sizes.get(d, d) for d in spec.shape]
+        if spec.role == "mask":
+            feeds[spec.name] = np.ones(shape, spec.dtype)
+        elif "int" in spec.dtype:
+            feeds[spec.name] = random.integers(0, 50, shape).astype(spec.dtype)
+        else:
+            feeds[spec.name] = random.standard_normal(shape).astype(spec.dtype)
+    return list(session.run(None, feeds))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str
+)
+def test_an_engine_by_reference_gives_the_loaded_ones_numbers(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hollow, "SMALL", 8192)
+    saved("mixtral", tmp_path / "source", dtype)
+    results, notes = [], []
+    for by_reference in (True, False):
+        folder = tmp_path / f"engine-{by_reference}"
+        folder.mkdir()
+        exported = export_model(load_source(tmp_path / "source", hollow=by_reference))
+        lowered = get_backend("portable").build(exported, folder, {})
+        results.append(run(folder, lowered.io))
+        notes.append([note for note in lowered.notes if note.startswith("weights: ")])
+    for got, wanted in zip(*results, strict=True):
+        assert np.array_equal(got, wanted)
+    assert len(notes[0]) == 1 and "referenced in the checkpoint's own files" in notes[0][0]
+    assert not notes[1]
+    shard = tmp_path / "engine-True" / "checkpoint" / "model.safetensors"
+    assert os.path.samefile(shard, tmp_path / "source" / "model.safetensors")
