@@ -172,12 +172,17 @@ def _write_engine(
 ) -> Manifest:
     from .backends import get_backend
     from .importer.export import export_model
-    from .inspect import count_parameters
+    from .inspect import count_parameters, find_expert_blocks
 
     limits = _limits(loaded, config)
+    backend = get_backend(config.target)
+    blocks = find_expert_blocks(loaded.module, getattr(loaded.module, "config", None))
+    backend.check_layers(blocks, dataclasses.asdict(config))
     exported = export_model(loaded, dtype=config.dtype, opset=config.opset, progress=progress)
+    known = limits.max_batch is not None and limits.max_sequence is not None
+    max_tokens = (limits.max_batch or 0) * (limits.max_sequence or 0) if known else None
     with progress.stage(f"lower for {config.target}"):
-        lowered = get_backend(config.target).build(
+        lowered = backend.build(
             exported,
             writer.path,
             {
@@ -187,6 +192,7 @@ def _write_engine(
                 "threads": config.threads,
                 "max_batch": limits.max_batch,
                 "max_sequence": limits.max_sequence,
+                "max_tokens": max_tokens,
                 **environment,
             },
         )

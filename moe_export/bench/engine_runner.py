@@ -49,14 +49,14 @@ class EngineRunner(Runner):
     def prefill(self, ids: NDArray[np.int64]) -> Any:
         import numpy as np
 
-        from ..runtime.stepping import LOGITS, CachedStepper
+        from ..runtime.stepping import LOGITS
 
         session = self.session
         if self._routing is not None:
             return self._run_forced({"input_ids": ids})
         # The loop of generate() uses the same object; here no sampling stands between two steps.
         engine, _ = session._open()
-        self._stepper = CachedStepper(engine, session.io, session.manifest.limits, len(ids))
+        self._stepper = session.stepper(len(ids))
         return self._stepper.feed(ids, np.ones_like(ids))[LOGITS]
 
     def step(self, ids: NDArray[np.int64]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from ..ops import DOMAIN
 from ..schema import Decision
 from .base import Pass, PassContext
 from .bfloat16_weights import SMALLEST
@@ -28,6 +29,8 @@ _MOVES = frozenset(
 )
 """Ops that move numbers and compute none; they move their first input."""
 _PRODUCTS = ("MatMul", "Gemm")
+_PLUGIN_WEIGHTS = (3, 4)
+"""ExpertMLP's inputs ``up`` and ``down``. The GPU plugin takes them in the dtype of its tokens."""
 _BETWEEN_PRODUCT_AND_SOFTMAX = frozenset(
     ("Mul", "Div", "Add", "Sub", "Where", "Reshape", "Cast", "Transpose", "Clip", "Tanh", "Concat", "Slice")
 )
@@ -55,11 +58,14 @@ class BFloat16Products(Pass):
         self._logits = {layer.logits for layer in context.layers}
         self._casts: dict[tuple[int, int], ir.Value] = {}
         self._products = stored = 0
+        plugins = [n for n in _all_nodes(graph) if n.domain == DOMAIN and n.op_type == "ExpertMLP"]
+        matrices = {id(n.inputs[i]) for n in plugins for i in _PLUGIN_WEIGHTS}
         for value in list(graph.initializers.values()):
             tensor = value.const_value
-            if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size < SMALLEST:
+            if tensor is None or tensor.dtype != ir.DataType.FLOAT or not _uses(value):
                 continue
-            if value.name in context.float32_weights or not _uses(value):
+            kept = tensor.size < SMALLEST or value.name in context.float32_weights
+            if kept and id(value) not in matrices:
                 continue
             self._spread(value, _rounded(graph, value))
             stored += 1
@@ -69,6 +75,11 @@ class BFloat16Products(Pass):
         for node in list(_all_nodes(graph)):
             if node.op_type == "MatMul" and node.domain == "" and _in_attention(node):
                 self._product(node, {})
+        for node in plugins:
+            hidden = node.inputs[0]
+            assert hidden is not None
+            node.replace_input_with(0, self._cast(hidden, ir.DataType.BFLOAT16, node))
+            self._back_to_float32(node, None)
         common.RemoveUnusedNodesPass()(context.model)
         graph.sort()
         context.decisions.append(
@@ -100,6 +111,8 @@ class BFloat16Products(Pass):
                     self._spread(old, new)
             elif node.domain == "" and node.op_type in _PRODUCTS and index < 2 and self._may_round(node):
                 self._product(node, {index: rounded})
+            elif node.domain == DOMAIN and node.op_type == "ExpertMLP" and index in _PLUGIN_WEIGHTS:
+                node.replace_input_with(index, rounded)
             else:
                 node.replace_input_with(index, self._cast(rounded, ir.DataType.FLOAT, node))
 
@@ -123,10 +136,18 @@ class BFloat16Products(Pass):
             node.replace_input_with(
                 index, rounded.get(index) or self._cast(value, ir.DataType.BFLOAT16, node)
             )
-        graph, name, shape = _graph_of(node), result.name, result.shape
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         if bias is not None:
             node.resize_inputs(2)
+        self._back_to_float32(node, bias)
+        self._products += 1
+
+    def _back_to_float32(self, node: ir.Node, bias: ir.Value | None) -> None:
+        """Cast the result of ``node`` to float32 and add ``bias``, under the name that the result had."""
+        import onnx_ir as ir
+
+        result = node.outputs[0]
+        graph, name, shape = _graph_of(node), result.name, result.shape
         cast = ir.node("Cast", [result], attributes={"to": ir.DataType.FLOAT.value})
         nodes, last = [cast], cast.outputs[0]
         last.dtype, last.shape = ir.DataType.FLOAT, shape
@@ -143,7 +164,6 @@ class BFloat16Products(Pass):
         result.dtype, result.name = ir.DataType.BFLOAT16, f"{name}.bfloat16"
         last.name = name
         graph.insert_after(node, nodes)
-        self._products += 1
 
     def _cast(self, value: ir.Value, to: ir.DataType, before: ir.Node) -> ir.Value:
         """``value`` in another dtype; one Cast per value and graph that reads it."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from moe_export.schema import Decision, EngineFile, Limits, to_json
 from moe_export.sms import check_dtype, check_sms, sms_of
 
 from ...schema import DTYPES
-from ..base import MODEL_FILE, Backend, Plans, write_onnx
+from ..base import MODEL_FILE, Backend, LayerSize, Plans, write_onnx
 from . import build_engine
 from .child import run_builder
+from .kernels import check_plugin_sizes, write_plugin_kernels
 from .library import DRIVER, INSTALL, MODULES, library_problem, library_version
+from .machine import plugin_sms
 from .profiles import Profile, make_profiles
 
 SCRIPT = "build_engine.py"
@@ -54,11 +57,31 @@ class TensorRtBackend(Backend):
             )
         sms = check_sms(self.name, options.get("sm") or (here,))
         check_dtype(self.name, str(options.get("dtype", "float32")), sms, DTYPES)
+        if options.get("expert_lowering") == "plugin":
+            self._check_plugin(sms)
         return {
             "sm": list(sms),
             "library": None if problem else library_version(self.name),
             "lacks": self._lacks(sms),
         }
+
+    def _check_plugin(self, sms: tuple[int, ...]) -> None:
+        known = plugin_sms()
+        if not known:
+            raise EnvironmentLacksError(
+                "expert_lowering plugin needs the package moe_export_plugins.gpu; install moe-export again"
+            )
+        if importlib.util.find_spec("triton") is None:
+            raise EnvironmentLacksError(
+                "expert_lowering plugin compiles kernels with Triton, which is not installed: pip install "
+                "'moe-export[gpu]'"
+            )
+        for number in sms:
+            if number not in known:
+                raise UsageError(
+                    f"expert_lowering: the plugin has no kernels for SM{number}; it has them for "
+                    f"{', '.join(f'SM{n}' for n in known)}; take native, or leave SM{number} out"
+                )
 
     def _lacks(self, sms: tuple[int, ...]) -> str:
         """Why the plans cannot be built on this machine; empty: they can."""
@@ -72,14 +95,17 @@ class TensorRtBackend(Backend):
             missing.append(f"the GPU here is SM{here}")
         return "; ".join(part for part in missing if part)
 
-    def _check(self, context: PassContext) -> None:
-        for layer in context.layers:
-            if layer.top_k > MOST_TOP_K:
+    def check_layers(self, layers: Iterable[LayerSize], options: Mapping[str, Any]) -> None:
+        """Refuse sizes beyond what the lowering that was asked for takes."""
+        for layer in layers:
+            if layer.top_k is not None and layer.top_k > MOST_TOP_K:
                 raise UsageError(
                     f"MoE layer {layer.name!r} chooses {layer.top_k} experts per token; TensorRT's TopK "
                     "takes at "
                     f"most {MOST_TOP_K}; build for onnxruntime or portable"
                 )
+            if options.get("expert_lowering") == "plugin":
+                check_plugin_sizes(layer, str(options.get("dtype", "float32")))
 
     def _write(self, context: PassContext, folder: Path) -> Plans:
         options = context.options
@@ -87,7 +113,8 @@ class TensorRtBackend(Backend):
         limits = Limits(options["max_batch"], options["max_sequence"])
         profiles = make_profiles(context.io, limits, split=self._needs_gpu)
         write_onnx(context, folder)
-        recipe = self._recipe(context, sms, profiles)
+        plugins = write_plugin_kernels(context, folder, sms)
+        recipe = self._recipe(context, sms, profiles) | plugins
         lacks = self._lacks(sms)
         if not lacks:
             engines = run_builder(recipe, folder)
@@ -125,7 +152,7 @@ class TensorRtBackend(Backend):
             "profiles": [profile.to_json() for profile in profiles],
             "inputs": to_json(context.io.inputs),
             "outputs": to_json(context.io.outputs),
-            "plugins": list(context.options.get("plugins", ())),
+            "plugins": [],
         }
 
 

@@ -122,7 +122,7 @@ def build(recipe: dict[str, Any], folder: Path, trt: Any, sms: list[int]) -> lis
     """
     logger = make_logger(trt)
     for module in recipe.get("plugins", []):
-        _load_plugins(module, folder, trt)
+        _load_plugins(module, folder, folder / recipe["kernels"], trt)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
@@ -244,16 +244,25 @@ def _check_io(recipe: dict[str, Any], network: Any) -> None:
             )
 
 
-def _load_plugins(module: str, folder: Path, trt: Any) -> None:
-    """Import what registers plugins (a file of the bundle, or an installed module) and let it."""
+def _load_plugins(module: str, folder: Path, kernels: Path, trt: Any) -> None:
+    """Import what registers plugins (a file of the bundle, or an installed module) and let it.
+
+    Raises:
+        CannotBuild: it is not installed.
+    """
     if module.endswith(".py"):
         spec = importlib.util.spec_from_file_location(Path(module).stem, folder / module)
         assert spec is not None and spec.loader is not None
         loaded = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(loaded)
     else:
-        loaded = importlib.import_module(module)
-    loaded.register(trt)
+        try:
+            loaded = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise CannotBuild(
+                f"the plugin {module} cannot be imported ({error}); pip install moe-export"
+            ) from error
+    loaded.register(trt, kernels)
 
 
 def finish_manifest(folder: Path, recipe: dict[str, Any], engines: list[dict[str, Any]]) -> None:

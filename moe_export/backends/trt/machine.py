@@ -4,6 +4,7 @@ available."""
 from __future__ import annotations
 
 import ctypes
+import importlib
 import importlib.util
 import sys
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ from .library import DRIVER, library_problem
 
 CUDA = (13, 0)
 """The CUDA version a driver must support; driver 580 is the first with 13.0."""
-FIRST_PLUGIN_SM = 80
 RUN_EXTRA = "pip install 'moe-export[gpu]'"
 _PROC_VERSION = Path("/proc/driver/nvidia/version")
 
@@ -84,9 +84,20 @@ def run_lacks(target: str, sm: int | None = None) -> tuple[str, ...]:
     return tuple(lacks)
 
 
+def plugin_sms() -> tuple[int, ...]:
+    """The SMs that the GPU plugin's kernels are compiled for."""
+    try:
+        module = importlib.import_module("moe_export_plugins.gpu.sm")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "moe_export_plugins":
+            raise
+        return ()
+    return tuple(sm.number for sm in module.SMS.values())
+
+
 def lowerings_of(sm: int) -> tuple[str, ...]:
-    """Expert lowerings for an SM: the plugin's kernels are compiled for SM80 and later."""
-    return tuple(n for n in GPU_LOWERINGS if n != "auto" and (n != "plugin" or sm >= FIRST_PLUGIN_SM))
+    """Expert lowerings for an SM."""
+    return tuple(n for n in GPU_LOWERINGS if n != "auto" and (n != "plugin" or sm in plugin_sms()))
 
 
 def target_matrix(target: str) -> tuple[Row, ...]:
