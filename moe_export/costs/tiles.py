@@ -56,7 +56,7 @@ class Tile:
         return asdict(self)
 
     def __str__(self) -> str:
-        size = "x".join(str(n) for n in (self.rows, self.columns, self.depth) if n > 1 or n == self.rows)
+        size = "x".join([str(self.rows), *(str(n) for n in (self.columns, self.depth) if n > 1)])
         return f"{size} w{self.warps}" + (f" s{self.stages}" if self.stages > 1 else "")
 
 
@@ -66,6 +66,7 @@ _GEMM_16 = (
     Tile(64, 64, 32, group=8, warps=4, stages=3),
     Tile(128, 64, 32, group=8, warps=8, stages=2),
 )
+_DOWN_16 = (*_GEMM_16[:3], Tile(128, 128, 32, group=8, warps=8, stages=2))
 _GEMM_32 = (
     Tile(16, 32, 32, group=1, warps=4, stages=2),
     Tile(32, 32, 32, group=4, warps=4, stages=2),
@@ -80,7 +81,7 @@ TILES: Mapping[str, Mapping[str, tuple[Tile, ...]]] = {
     "router": dict.fromkeys(("float32", "float16", "bfloat16"), _ROUTER),
     "dispatch": dict.fromkeys(("float32", "float16", "bfloat16"), _DISPATCH),
     "gate_up": {"float32": _GEMM_32, "float16": _GEMM_16, "bfloat16": _GEMM_16},
-    "down": {"float32": _GEMM_32, "float16": _GEMM_16, "bfloat16": _GEMM_16},
+    "down": {"float32": _GEMM_32, "float16": _DOWN_16, "bfloat16": _DOWN_16},
     "combine": dict.fromkeys(("float32", "float16", "bfloat16"), _COMBINE),
 }
 """By kernel and dtype of the activations and weights, from few rows to many."""

@@ -1,0 +1,105 @@
+"""Kernels with one fault each, for tests that the checks find it."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from moe_export_plugins.gpu.kernels.combine import combine
+
+
+@triton.jit
+def writes_outside(
+    rows: tl.tensor, expert_ids: tl.tensor, T: tl.tensor, out: tl.tensor, H: tl.constexpr
+) -> None:
+    column = tl.arange(0, 32)
+    tl.store(out + T * H + column, tl.load(rows + column % H))
+
+
+@triton.jit
+def fails(rows: tl.tensor, expert_ids: tl.tensor, T: tl.tensor, out: tl.tensor) -> None:
+    tl.store(out, tl.no_such_thing(rows))
+
+
+@triton.jit
+def other_order(
+    expert_ids: tl.tensor,
+    rows: tl.tensor,
+    T: tl.tensor,
+    out: tl.tensor,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """Two pointers exchanged."""
+    combine(rows, expert_ids, T, out, E, K, H, ROWS, COLUMNS)
+
+
+@triton.jit
+def scalar_lost(rows: tl.tensor, expert_ids: tl.tensor, out: tl.tensor, H: tl.constexpr) -> None:
+    column = tl.arange(0, 32)
+    tl.store(out + column, tl.load(rows + column) + tl.load(expert_ids + column), mask=column < H)
+
+
+@triton.jit
+def without_tensor_cores(
+    inner: tl.tensor,
+    down: tl.tensor,
+    weights: tl.tensor,
+    sorted_rows: tl.tensor,
+    block_expert: tl.tensor,
+    M: tl.tensor,
+    rows: tl.tensor,
+) -> None:
+    """A "product" by element."""
+    at = tl.arange(0, 128)
+    value = tl.load(inner + at).to(tl.float32) * tl.load(down + at).to(tl.float32) * tl.load(weights + at)
+    kept = tl.load(sorted_rows + at) + tl.load(block_expert + at) < M
+    tl.store(rows + at, value.to(rows.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def spills(
+    inner: tl.tensor,
+    down: tl.tensor,
+    weights: tl.tensor,
+    sorted_rows: tl.tensor,
+    block_expert: tl.tensor,
+    M: tl.tensor,
+    rows: tl.tensor,
+    H: tl.constexpr,
+) -> None:
+    """A tile far too large for the registers of one warp."""
+    i = tl.arange(0, 128)[:, None]
+    j = tl.arange(0, 128)[None, :]
+    total = tl.zeros([128, 128], tl.float32)
+    for step in tl.range(0, M):
+        a = tl.load(inner + i * H + tl.arange(0, 32)[None, :] + step)
+        b = tl.load(down + tl.arange(0, 32)[:, None] + j * H + step)
+        total = tl.dot(a, b, total)
+    total += tl.load(weights) + tl.load(sorted_rows) + tl.load(block_expert)
+    tl.store(rows + i * H + j, total.to(rows.dtype.element_ty))
+
+
+@triton.jit
+def much_shared_memory(
+    inner: tl.tensor,
+    down: tl.tensor,
+    weights: tl.tensor,
+    sorted_rows: tl.tensor,
+    block_expert: tl.tensor,
+    M: tl.tensor,
+    rows: tl.tensor,
+    H: tl.constexpr,
+) -> None:
+    """Many stages of a pipeline."""
+    i = tl.arange(0, 128)[:, None]
+    j = tl.arange(0, 128)[None, :]
+    total = tl.zeros([128, 128], tl.float32)
+    for step in tl.range(0, M, num_stages=6):
+        a = tl.load(inner + i * H + tl.arange(0, 64)[None, :] + step * 64)
+        b = tl.load(down + tl.arange(0, 64)[:, None] + j * H + step * 64)
+        total = tl.dot(a, b, total)
+    total += tl.load(weights) + tl.load(sorted_rows) + tl.load(block_expert)
+    tl.store(rows + i * H + j, total.to(rows.dtype.element_ty))
