@@ -69,29 +69,33 @@ def model_shapes(model: ir.Model, top_ks: Mapping[str, int]) -> list[ExpertShape
     Raises:
         UsageError: weights that are no constants, or a form that the kernels do not have.
     """
-    found: dict[ExpertShape, None] = {}
+    return list({node_shape(node, top_ks): None for node in expert_nodes(model)})
+
+
+def expert_nodes(model: ir.Model) -> list[ir.Node]:
+    """The ExpertMLP nodes of a lowered model."""
+    return [n for n in model.graph.all_nodes() if n.domain == DOMAIN and n.op_type == "ExpertMLP"]
+
+
+def node_shape(node: ir.Node, top_ks: Mapping[str, int]) -> ExpertShape:
+    """What one ExpertMLP node needs; see :func:`model_shapes`."""
     own = {a.name for a in OPS["ExpertMLP"].attributes}
-    for node in model.graph.all_nodes():
-        if node.domain != DOMAIN or node.op_type != "ExpertMLP":
-            continue
-        attributes = {k: a.value for k, a in node.attributes.items() if k in own}
-        layer = str(attributes["layer"])
-        up, down = node.inputs[3], node.inputs[4]
-        if up is None or down is None or up.const_value is None or down.const_value is None:
-            raise UsageError(f"MoE layer {layer!r}: its expert weights are no constants of the graph")
-        bias = node.inputs[5] if len(node.inputs) > 5 else None
-        sizes = tuple(int(d) for d in down.const_value.shape)
-        inner, hidden = sizes[1:] if attributes.get("transposed") else sizes[:0:-1]
-        shape = ExpertShape.of(
-            attributes,
-            dtype=_name(up),
-            top_k=top_ks[layer],
-            hidden=hidden,
-            inner=inner,
-            bias_dtype=_name(bias) if bias is not None else None,
-        )
-        found[shape] = None
-    return list(found)
+    attributes = {k: a.value for k, a in node.attributes.items() if k in own}
+    layer = str(attributes["layer"])
+    up, down = node.inputs[3], node.inputs[4]
+    if up is None or down is None or up.const_value is None or down.const_value is None:
+        raise UsageError(f"MoE layer {layer!r}: its expert weights are no constants of the graph")
+    bias = node.inputs[5] if len(node.inputs) > 5 else None
+    sizes = tuple(int(d) for d in down.const_value.shape)
+    inner, hidden = sizes[1:] if attributes.get("transposed") else sizes[:0:-1]
+    return ExpertShape.of(
+        attributes,
+        dtype=_name(up),
+        top_k=top_ks[layer],
+        hidden=hidden,
+        inner=inner,
+        bias_dtype=_name(bias) if bias is not None else None,
+    )
 
 
 def _name(value: ir.Value) -> str:
