@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from moe_export.cli.output import table
+from moe_export.verify.result import SIMULATED
 
 if TYPE_CHECKING:
     from moe_export.verify.result import CaseResult, Check, ParityReport
@@ -15,7 +16,8 @@ MOST_FAILURES = 8
 
 def parity_text(report: ParityReport) -> str:
     """Cases, the first divergence, failed checks with their coordinates, notes, and the verdict last."""
-    lines = [_cases(report)]
+    lines = [f"{SIMULATED}\n"] if report.simulated else []
+    lines.append(_cases(report))
     if report.findings:
         lines.append("")
         lines += [f"first divergence: {f.message}" for f in report.findings]
@@ -61,9 +63,10 @@ def _failure(case: CaseResult, check: Check) -> str:
 def _verdict(report: ParityReport) -> str:
     summary: dict[str, Any] = report.summary()
     source = f"{report.against} {report.source}".strip()
+    how = f"{SIMULATED}: " if report.simulated else ""
     if not report.passed:
         failed = summary["failed_cases"]
-        return f"NOT VERIFIED against {source}: {failed} of {summary['cases']} cases failed"
+        return f"{how}NOT VERIFIED against {source}: {failed} of {summary['cases']} cases failed"
     error = summary["relative_error"]
     parts = [f"{summary['cases']} cases"]
     if summary["quantization"] is not None and summary["forced_error"] is not None:
@@ -75,4 +78,4 @@ def _verdict(report: ParityReport) -> str:
         parts.append(f"the same experts for {agreement:.2f} % of {summary['routed_tokens']} routed tokens")
     if summary["quantization"] is not None and summary["cross_entropy_change"] is not None:
         parts.append(f"cross-entropy on text changed by at most {summary['cross_entropy_change']:.4f} nats")
-    return f"verified against {source}: {', '.join(parts)}"
+    return f"{how}verified against {source}: {', '.join(parts)}"

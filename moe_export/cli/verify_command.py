@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     "--force-routing", is_flag=True, help="Also run every case with the reference's routing replayed."
 )
 @click.option(
+    "--simulate", is_flag=True, help="Run a TensorRT target's lowered graph on the CPU, without its GPU."
+)
+@click.option(
     "--save-golden", type=click.Path(path_type=Path), help=".npz file to verify against later, without torch."
 )
 @click.option(
@@ -44,6 +47,7 @@ def command(
     against: str | None,
     trust: bool,
     force_routing: bool,
+    simulate: bool,
     save_golden: Path | None,
     tolerances: tuple[tuple[str, float], ...],
     text_file: str | None,
@@ -76,6 +80,7 @@ def command(
             save_golden=save_golden,
             threads=threads,
             progress=progress,
+            simulate=simulate,
         )
     _write(report, junit, output)
     if as_json:

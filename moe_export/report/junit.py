@@ -6,6 +6,8 @@ import re
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
+from ..verify.result import SIMULATED
+
 if TYPE_CHECKING:
     from ..verify.result import CaseResult, Check, ParityReport
 
@@ -14,7 +16,8 @@ _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 
 def parity_junit(report: ParityReport) -> bytes:
     """The report as UTF-8 XML. Checks that only inform are ``skipped`` with their reason."""
-    root = ElementTree.Element("testsuites", name="moe-export verify", time=f"{report.seconds:.3f}")
+    how = f" ({SIMULATED})" if report.simulated else ""
+    root = ElementTree.Element("testsuites", name=f"moe-export verify{how}", time=f"{report.seconds:.3f}")
     for case in report.cases:
         root.append(_case(case, report))
     if report.findings:

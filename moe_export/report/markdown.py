@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from ..verify.result import SIMULATED
+
 if TYPE_CHECKING:
     from ..verify.agreement import RoutingAgreement
     from ..verify.result import CaseResult, Check, ParityReport
@@ -39,7 +41,8 @@ def _head(report: ParityReport) -> str:
         ("seed", str(report.seed)),
         ("made", f"{report.created}, {report.seconds:.1f} s"),
     ]
-    return f"# Parity: {verdict}\n\n" + _table(("", ""), rows)
+    how = f" ({SIMULATED})" if report.simulated else ""
+    return f"# Parity{how}: {verdict}\n\n" + _table(("", ""), rows)
 
 
 def _format(report: ParityReport) -> str:

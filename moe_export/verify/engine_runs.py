@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from ..runtime.session import Session
     from ..trace import LayerTrace, TracedRun
+    from .simulate import SimulatedSession
 
     Array = NDArray[Any]
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 class EngineRuns:
     """The ways to run a case on a loaded bundle."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session | SimulatedSession) -> None:
         self._session = session
         io = session.io
         self._inputs = {t.name for t in io.inputs}
@@ -53,7 +54,10 @@ class EngineRuns:
 
         if case.chunks:
             steps = list(self._steps(case, routing, traced=True))
-            layers = [_join_layers(parts, case) for parts in zip(*(s[1] for s in steps), strict=True)]
+            layers = [
+                join_layers(parts, len(case.inputs["input_ids"]))
+                for parts in zip(*(s[1] for s in steps), strict=True)
+            ]
             return TracedRun(self._join([s[0] for s in steps]), tuple(layers))
         run = self._session.run_traced(self._known(case.inputs), force_routing=routing)
         return TracedRun({name: run.outputs[name] for name in self._outputs}, run.layers)
@@ -102,11 +106,9 @@ def _rows_of(trace: LayerTrace, shape: tuple[int, ...], begin: int, end: int) ->
     return _map_trace(trace, part)
 
 
-def _join_layers(parts: Sequence[LayerTrace], case: Case) -> LayerTrace:
+def join_layers(parts: Sequence[LayerTrace], batch: int) -> LayerTrace:
     """One trace over [batch, sequence] from the traces of its chunks."""
     import numpy as np
-
-    batch = len(case.inputs["input_ids"])
 
     def join(name: str) -> Any:
         arrays = [getattr(p, name) for p in parts]

@@ -13,6 +13,8 @@ from .logits import LogitError
 from .tolerance import Limit
 
 REPORT_SCHEMA_VERSION = 1
+SIMULATED = "simulated, not run on a GPU"
+"""How a report of a simulation is headed."""
 
 FINDING_KINDS: dict[str, str] = {
     "not a number": "the engine gives NaN or infinity where the source model does not",
@@ -137,6 +139,8 @@ class ParityReport:
     seconds: float = 0.0
     quantization: str | None = None
     """``int8`` or ``int4``: how the engine stores its experts."""
+    simulated: bool = False
+    """The lowered graph was run on the CPU in place of the engine on its GPU."""
     schema_version: int = REPORT_SCHEMA_VERSION
 
     def to_dict(self) -> dict[str, Any]:
@@ -199,6 +203,7 @@ class ParityReport:
         change = [abs(v.cross_entropy_change) for v in longer if v.cross_entropy_change is not None]
         return {
             "passed": self.passed,
+            "simulated": self.simulated,
             "against": self.against,
             "dtype": self.dtype,
             "quantization": self.quantization,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..progress import Progress
     from ..runtime.session import Session
     from ..trace import Reference, TracedRun
+    from .simulate import SimulatedSession
 
 
 def verify_bundle(
@@ -40,6 +41,7 @@ def verify_bundle(
     save_golden: Path | str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
+    simulate: bool = False,
 ) -> ParityReport:
     """Compare a bundle's engine with its source model, routing included.
 
@@ -56,6 +58,7 @@ def verify_bundle(
         save_golden: also write inputs and reference answers into this ``.npz`` file.
         threads: threads of the engine; None: all cores.
         progress: told about stages.
+        simulate: run the lowered graph of a TensorRT target on the CPU in place of its engine.
 
     Returns: the report. A failed check does not raise; ``report.passed`` is False then.
 
@@ -66,11 +69,14 @@ def verify_bundle(
     """
     from ..progress import NullProgress
     from ..runtime.session import load
+    from .simulate import load_simulated
 
     if save_golden is not None:
         check_golden_target(Path(save_golden))
     started = time.perf_counter()
-    with load(bundle, trust=trust, threads=threads) as session:
+    opened: Session | SimulatedSession
+    opened = (load_simulated if simulate else load)(bundle, trust=trust, threads=threads)
+    with opened as session:
         verification = _Verification(session, against, tolerances, text, seed, progress or NullProgress())
         if save_golden is not None and verification.yardstick.kind == "golden":
             raise UsageError(
@@ -84,7 +90,7 @@ class _Verification:
 
     def __init__(
         self,
-        session: Session,
+        session: Session | SimulatedSession,
         against: Reference | Path | str | None,
         tolerances: Mapping[str, float] | None,
         text: str | None,
@@ -97,6 +103,7 @@ class _Verification:
         self.tolerances: Tolerances = default_tolerances(
             self.manifest.dtype, outputs, tolerances, self.manifest.quantization
         )
+        self.session = session
         self.engine = EngineRuns(session)
         self.yardstick: Yardstick = find_yardstick(against, self.manifest)
         self.cases, self.notes = self._cases(session, text)
@@ -106,7 +113,7 @@ class _Verification:
         self.coverage = Coverage(self.manifest)
         self.expert_errors = ExpertErrors(self.manifest)
 
-    def _cases(self, session: Session, text: str | None) -> tuple[list[Case], list[str]]:
+    def _cases(self, session: Session | SimulatedSession, text: str | None) -> tuple[list[Case], list[str]]:
         given = self.yardstick.cases(self.manifest)
         if given is not None:
             if text is not None:
@@ -141,7 +148,9 @@ class _Verification:
         )
         passed = bool(self.results) and all(r.passed for r in self.results) and not findings
         from ..bundle.tools import tool_versions
+        from .simulate import SimulatedSession
 
+        simulated = self.session.notes() if isinstance(self.session, SimulatedSession) else []
         return ParityReport(
             passed=passed,
             bundle=os.fspath(bundle),
@@ -158,10 +167,11 @@ class _Verification:
             cases=tuple(self.results),
             findings=findings,
             coverage=self.coverage.layers(),
-            notes=(*self.notes, *self.coverage.notes()),
+            notes=(*simulated, *self.notes, *self.coverage.notes()),
             tools=tool_versions(),
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             seconds=time.perf_counter() - started,
+            simulated=isinstance(self.session, SimulatedSession),
         )
 
     def _case(self, case: Case, force_routing: bool) -> TracedRun | None:
