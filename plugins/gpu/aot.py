@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -94,17 +95,15 @@ class _Registration:
 
     def run(self) -> None:
         api, plugin = self._api, self._plugin
-        desc = api.TensorDesc
-        inputs = [(t.name, desc) for t in plugin.inputs]
+        inputs = [(t.name, api.TensorDesc) for t in plugin.inputs]
         attributes = [(a.name, int if a.kind is str else a.kind) for a in plugin.attributes]
-        outputs = ("outputs", tuple[desc])
-        result = tuple[(desc,) * len(plugin.contract.outputs)]  # type: ignore[misc]  # as many as outputs
-        launch = tuple[str, str, api.KernelLaunchParams, api.SymIntExprs]
+        outputs = ("outputs", types.GenericAlias(tuple, (api.TensorDesc,)))
+        result = types.GenericAlias(tuple, (api.TensorDesc,) * len(plugin.contract.outputs))
+        combinations = types.GenericAlias(list, (api.AutoTuneCombination,))
+        launch = types.GenericAlias(tuple, (str, str, api.KernelLaunchParams, api.SymIntExprs))
         signed = _with_signature
         api.register(plugin.plugin_id)(signed(self._describe, [*inputs, *attributes], result))
-        api.autotune(plugin.plugin_id)(
-            signed(self._autotune, [*inputs, *attributes, outputs], list[api.AutoTuneCombination])
-        )
+        api.autotune(plugin.plugin_id)(signed(self._autotune, [*inputs, *attributes, outputs], combinations))
         api.aot_impl(plugin.plugin_id)(
             signed(self._implement, [*inputs, *attributes, outputs, ("tactic", int)], launch)
         )
@@ -131,8 +130,8 @@ class _Registration:
         constants, dtype = self._plugin.decode(attributes, dtypes), self._plugin.dtype(dtypes)
         names = [*dtypes, *(t.dtype_of(dtype, constants) for t in self._plugin.contract.outputs)]
         tactics = list(self._plugin.tactics(dtype, attributes.get(BLOCK_ROWS)))
-        types = ", ".join(_TYPE_NAMES[n] for n in names)
-        return [self._api.AutoTuneCombination(types, "LINEAR", tactics)]
+        text = ", ".join(_TYPE_NAMES[n] for n in names)
+        return [self._api.AutoTuneCombination(text, "LINEAR", tactics)]
 
     def _implement(self, *given: Any) -> tuple[str, str, Any, Any]:
         """Kernel, PTX, launch parameters and scalars of one tactic."""
@@ -177,7 +176,7 @@ class _Registration:
         for tensor, desc in zip(self._plugin.inputs, inputs, strict=True):
             name = self._names.get(desc.dtype)
             allowed = DTYPES if tensor.dtype in ("data", "bias") else (tensor.dtype,)
-            if name not in allowed:
+            if name is None or name not in allowed:
                 raise UsageError(
                     f"{self._plugin.plugin_id}: input {tensor.name} is {desc.dtype}; expected "
                     f"{', '.join(allowed)}"

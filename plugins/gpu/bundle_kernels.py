@@ -86,7 +86,7 @@ def node_shape(node: ir.Node, top_ks: Mapping[str, int]) -> ExpertShape:
     if up is None or down is None or up.const_value is None or down.const_value is None:
         raise UsageError(f"MoE layer {layer!r}: its expert weights are no constants of the graph")
     bias = node.inputs[5] if len(node.inputs) > 5 else None
-    sizes = tuple(int(d) for d in down.const_value.shape)
+    sizes = down.const_value.shape.numpy()
     inner, hidden = sizes[1:] if attributes.get("transposed") else sizes[:0:-1]
     return ExpertShape.of(
         attributes,

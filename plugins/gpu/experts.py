@@ -76,8 +76,9 @@ class ExpertShape:
             )
         known = {f.name for f in fields(cls)}
         kept = {k: v for k, v in full.items() if k in known}
-        biases = {"bias_dtype": bias_dtype} if bias_dtype else {}
-        return cls(dtype=dtype, top_k=top_k, hidden=hidden, inner=inner, **biases, **kept)
+        if bias_dtype:
+            kept["bias_dtype"] = bias_dtype
+        return cls(dtype=dtype, top_k=top_k, hidden=hidden, inner=inner, **kept)
 
     def constants(self, kernel: str) -> dict[str, Any]:
         """The constants of one of :data:`STEPS`, complete and checked."""
@@ -118,8 +119,10 @@ def tile_sets(dtype: str) -> tuple[TileSet, ...]:
     few, many = tiles("combine", dtype)[0], tiles("combine", dtype)[-1]
     return tuple(
         TileSet(
-            *(by_rows[k][rows] for k in ("dispatch", "gate_up", "down")),
-            combine=few if rows == shared[0] else many,
+            by_rows["dispatch"][rows],
+            by_rows["gate_up"][rows],
+            by_rows["down"][rows],
+            few if rows == shared[0] else many,
         )
         for rows in shared
     )
