@@ -36,7 +36,7 @@ def register(
     engine. Returns the plugin's creator.
 
     ``library``: compiled kernels, or their folder. A build without a GPU needs none; running does. Calling
-    again only replaces the library. ``launcher``: the CUDA driver unless given.
+    again adds a bundle's kernels. ``launcher``: the CUDA driver unless given.
 
     Raises:
         BundleError: the folder's kernels are missing or damaged.
@@ -53,7 +53,7 @@ def register(
             )
         _CREATORS[trt.__name__] = creator
     elif library is not None or launcher is not None:
-        creator.kernels.replace(library, launcher)
+        creator.kernels.add(library, launcher)
     return creator
 
 

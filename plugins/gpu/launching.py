@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moe_export.errors import BundleError
+from moe_export.errors import BundleError, EnvironmentLacksError, MoeExportError
 
 from .driver import CudaDriver, Device, Launcher
-from .experts import ExpertShape, TileSet, arguments, plan
+from .experts import STEPS, ExpertShape, TileSet, arguments, plan
 from .library import KernelLibrary
 
 
@@ -16,13 +16,15 @@ class Kernels:
     """Loaded kernels, shared by a creator's plugins."""
 
     def __init__(self, library: KernelLibrary | None, launcher: Launcher | None) -> None:
-        self._library, self._launcher = library, launcher
+        self._libraries = [library] if library is not None else []
+        self._launcher = launcher
         self._loaded: dict[tuple[int, ExpertShape, TileSet], tuple[tuple[Any, int], ...]] = {}
 
-    def replace(self, library: KernelLibrary | None, launcher: Launcher | None) -> None:
-        self._library = library or self._library
+    def add(self, library: KernelLibrary | None, launcher: Launcher | None) -> None:
+        """Another bundle's kernels, beside those before: engines of several bundles live in one process."""
+        if library is not None:
+            self._libraries.insert(0, library)
         self._launcher = launcher or self._launcher
-        self._loaded.clear()
 
     def load(self, shape: ExpertShape, chosen: TileSet) -> tuple[Launcher, tuple[tuple[Any, int], ...]]:
         """The launcher, and handle and shared memory of each step's kernel on the current GPU.
@@ -42,17 +44,34 @@ class Kernels:
     def _load(
         self, launcher: Launcher, device: Device, shape: ExpertShape, chosen: TileSet
     ) -> tuple[tuple[Any, int], ...]:
-        if self._library is None:
+        if not self._libraries:
             raise BundleError(
                 "plugin ExpertMLP: no compiled kernels; give the bundle's folder of kernels to "
                 "moe_export_plugins.gpu.ipluginv3.register before loading the engine"
             )
-        self._library.check(device)
-        out = []
-        for name, _ in plan(shape, chosen, 0).launches:
-            image = self._library.cubin(name, shape.dtype, shape.constants(name), chosen.of(name), device.sm)
-            out.append((launcher.load(image.code, image.entry, image.shared), image.shared))
-        return tuple(out)
+        problems: list[MoeExportError] = []
+        for library in self._libraries:
+            try:
+                return _load_from(library, launcher, device, shape, chosen)
+            except (BundleError, EnvironmentLacksError) as error:
+                problems.append(error)
+        raise problems[0]
+
+
+def _load_from(
+    library: KernelLibrary, launcher: Launcher, device: Device, shape: ExpertShape, chosen: TileSet
+) -> tuple[tuple[Any, int], ...]:
+    library.check(device)
+    out = []
+    for name in STEPS:
+        image = library.cubin(name, shape.dtype, shape.constants(name), chosen.of(name), device.sm)
+        if image.shared > device.shared_limit:
+            raise BundleError(
+                f"kernel {image.entry} takes {image.shared} bytes of shared memory; {device.name} has "
+                f"{device.shared_limit} for a block"
+            )
+        out.append((launcher.load(image.code, image.entry, image.shared), image.shared))
+    return tuple(out)
 
 
 def run(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from moe_export_plugins.gpu.bundle_kernels import expert_specs
+from moe_export_plugins.gpu.driver import Device
 from moe_export_plugins.gpu.experts import ExpertShape, TileSet, plan, scratch_bytes, tile_sets
 from moe_export_plugins.gpu.ipluginv3 import BY_TOKENS, _classes, decode_fields
 from moe_export_plugins.gpu.launching import Kernels
@@ -237,9 +238,27 @@ def test_sizes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 def test_a_library_for_other_experts_is_refused(tmp_path: Path) -> None:
     other = replace(SMALL, top_k=3)
     plugin = make(SMALL, tmp_path / "a", MemoryLauncher())
-    plugin.kernels.replace(stand_in_library(tmp_path / "b", expert_specs(other)), None)
+    plugin.kernels = Kernels(stand_in_library(tmp_path / "b", expert_specs(other)), MemoryLauncher())
     with pytest.raises(BundleError, match="no kernel dispatch .*it holds"):
         run_plugin(plugin, SMALL, inputs_of(SMALL, 3))
+
+
+def test_engines_of_two_bundles_live_in_one_process(tmp_path: Path) -> None:
+    other = replace(SMALL, top_k=3)
+    plugin = make(SMALL, tmp_path / "a", MemoryLauncher())
+    plugin.kernels.add(stand_in_library(tmp_path / "b", expert_specs(other)), None)
+    for shape in (SMALL, other):
+        given = inputs_of(shape, 3)
+        assert error(run_plugin(plugin, shape, given), shape, given) <= LIMITS["float32"]
+
+
+def test_a_gpu_with_too_little_shared_memory(tmp_path: Path) -> None:
+    class Small(MemoryLauncher):
+        def device(self) -> Device:
+            return replace(super().device(), shared_limit=512)
+
+    with pytest.raises(BundleError, match="takes 1024 bytes of shared memory; GPU of the test has 512"):
+        run_plugin(make(SMALL, tmp_path, Small()), SMALL, inputs_of(SMALL, 3))
 
 
 def test_without_kernels_the_message_says_what_to_call(tmp_path: Path) -> None:
