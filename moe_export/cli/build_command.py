@@ -16,7 +16,14 @@ from moe_export.cli.options import (
     quiet_option,
     trust_remote_code_option,
 )
-from moe_export.config import EXPERT_LOWERINGS, QUANTIZATIONS, TARGETS, load_config_file, merge
+from moe_export.config import (
+    EXPERT_LOWERINGS,
+    QUANTIZATIONS,
+    QUANTIZED_LOWERINGS,
+    TARGETS,
+    load_config_file,
+    merge,
+)
 from moe_export.schema import DTYPES, TASKS
 
 if TYPE_CHECKING:
@@ -44,6 +51,10 @@ if TYPE_CHECKING:
     type=click.Choice(QUANTIZATIONS),
     help="Store expert weights in blocks of integers.  [default: floats]",
 )
+@click.option(
+    "--quantized-lowering", type=click.Choice(QUANTIZED_LOWERINGS),
+    help="Op for quantised experts: ONNX Runtime's or the plugin's.  [default: auto, the faster]",
+)  # fmt: skip
 @click.option("--opset", type=int, help="ONNX opset.  [default: 20]")
 @click.option("--threads", type=click.IntRange(1), help="Threads of the engine.  [default: all cores]")
 @click.option("--seed", type=click.IntRange(0), help="Seed of every random input.  [default: 0]")
@@ -96,7 +107,7 @@ def _plans(bundle: Bundle) -> Iterator[str]:
             f"{engine.weight_bytes / 2**20:.1f} MiB, activations {engine.activation_bytes / 2**20:.1f} MiB "
             "at most"
         )
-    yield from (note for note in bundle.manifest.notes if note.startswith("not verified"))
+    yield from (n for n in bundle.manifest.notes if n.startswith(("not verified", "not measured")))
 
 
 def _quantized(bundle: Bundle) -> Iterator[str]:
@@ -127,7 +138,8 @@ def _evidence(bundle: Bundle) -> Iterator[str]:
         words += [] if routes is None else [f"the same experts for {100 * routes:.2f} % of tokens"]
         if parity.get("quantization") and change is not None:
             words.append(f"cross-entropy on text changed by at most {change:.4f} nats")
-        yield f"verified: {', '.join(words)}"
+        how = " (simulated on the CPU, not run on a GPU)" if parity.get("simulated") else ""
+        yield f"verified{how}: {', '.join(words)}"
     if isinstance(bench, dict):
         for other, name in (("vs_eager", "PyTorch eager"), ("vs_best", "the fastest alternative")):
             ratios = {phase: x for phase, x in (bench.get(other) or {}).items() if x is not None}

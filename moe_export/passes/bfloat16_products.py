@@ -57,7 +57,7 @@ class BFloat16Products(Pass):
         graph = context.model.graph
         self._logits = {layer.logits for layer in context.layers}
         self._casts: dict[tuple[int, int], ir.Value] = {}
-        self._products = stored = 0
+        self._products = self._named = stored = 0
         plugins = [n for n in _all_nodes(graph) if n.domain == DOMAIN and n.op_type == "ExpertMLP"]
         matrices = {id(n.inputs[i]) for n in plugins for i in _PLUGIN_WEIGHTS}
         for value in list(graph.initializers.values()):
@@ -106,6 +106,7 @@ class BFloat16Products(Pass):
                 )
                 for old, new in zip(node.outputs, moved.outputs, strict=True):
                     new.shape, new.dtype = old.shape, ir.DataType.BFLOAT16
+                    new.name = self._name(old)
                 _graph_of(node).insert_before(node, moved)
                 for old, new in zip(node.outputs, moved.outputs, strict=True):
                     self._spread(old, new)
@@ -115,6 +116,11 @@ class BFloat16Products(Pass):
                 node.replace_input_with(index, rounded)
             else:
                 node.replace_input_with(index, self._cast(rounded, ir.DataType.FLOAT, node))
+
+    def _name(self, value: ir.Value) -> str:
+        """A name that no other value has; names made up by a graph repeat those of the graphs around it."""
+        self._named += 1
+        return f"{value.name}.cast.{self._named}"
 
     def _may_round(self, node: ir.Node) -> bool:
         return node.outputs[0].name not in self._logits
@@ -161,7 +167,9 @@ class BFloat16Products(Pass):
         for index, output in enumerate(graph.outputs):
             if output is result:
                 graph.outputs[index] = last
-        result.dtype, result.name = ir.DataType.BFLOAT16, f"{name}.bfloat16"
+        result.dtype, result.name = ir.DataType.BFLOAT16, self._name(result)
+        if bias is not None:
+            cast.outputs[0].name = self._name(result)
         last.name = name
         graph.insert_after(node, nodes)
 
@@ -175,6 +183,7 @@ class BFloat16Products(Pass):
             return self._casts[key]
         cast = ir.node("Cast", [value], attributes={"to": to.value})
         cast.outputs[0].dtype, cast.outputs[0].shape = to, value.shape
+        cast.outputs[0].name = self._name(value)
         producer = value.producer()
         if producer is not None and producer.graph is graph:
             graph.insert_after(producer, cast)

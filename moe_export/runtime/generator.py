@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from moe_export.errors import InputError
 from moe_export.runtime.engine import Engine
 from moe_export.runtime.generation import GenerationLoop, Request
+from moe_export.runtime.gpu import GpuEngine, GpuStepper
 from moe_export.runtime.inputs import InputChecker, check_batch
 from moe_export.runtime.prompts import Prompt, encode_prompts, pad
 from moe_export.runtime.stepping import (
@@ -34,7 +35,7 @@ class Generator:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Engine | GpuEngine,
         io: ModelIO,
         limits: Limits,
         text: TextInfo,
@@ -94,6 +95,8 @@ class Generator:
         if DECODER_IDS in {spec.name for spec in self._io.inputs}:
             raise InputError("an encoder-decoder has no stepper; use generate() or run()")
         if self._io.cache_inputs:
+            if isinstance(self._engine, GpuEngine):
+                return GpuStepper(self._engine, self._io.inputs, self._limits, batch)
             return CachedStepper(self._engine, self._io, self._limits, batch)
         return ReplayStepper(self._engine, self._io, self._checker)
 

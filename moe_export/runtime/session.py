@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 from moe_export.backends.onnxruntime.runner import create_session
 from moe_export.bundle.reader import Bundle, open_bundle
 from moe_export.errors import BundleError, InputError
+from moe_export.runtime.capacity import own_io
 from moe_export.runtime.engine import Engine, check_declared
 from moe_export.runtime.generation import Generation, Request, StreamEvent
 from moe_export.runtime.generator import Generator
+from moe_export.runtime.gpu import GpuEngine, NoTraces
 from moe_export.runtime.inputs import InputChecker
 from moe_export.runtime.plugin import missing_plugin_note, runs_with_plugin
 from moe_export.runtime.prompts import Prompt
@@ -27,6 +29,7 @@ from moe_export.runtime.stepping import LOGITS, Stepper
 from moe_export.runtime.text import load_tokenizer
 from moe_export.runtime.traced import TracedEngines
 from moe_export.schema import Manifest, ModelIO, TextInfo
+from moe_export.sms import GPU_TARGETS
 from moe_export.trace import LayerTrace, TracedRun
 
 if TYPE_CHECKING:
@@ -47,6 +50,7 @@ def load(path: str | os.PathLike[str], *, trust: bool = False, threads: int | No
 
     Raises:
         BundleError: the bundle is damaged, hostile, newer than this version, or not for this machine.
+        EnvironmentLacksError: its plans need a GPU, driver or library that is not here.
         InputError: ``threads`` is not a whole number of 1 or more.
     """
     started = time.perf_counter()
@@ -67,31 +71,23 @@ class Session:
     def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
         """For a checked bundle; use :func:`load`."""
         manifest = bundle.manifest
-        if manifest.target not in CPU_TARGETS:
+        if manifest.target not in (*CPU_TARGETS, *GPU_TARGETS):
             raise BundleError(
                 f"bundle {bundle.path} is for target {manifest.target!r}; this runtime runs "
-                f"{', '.join(CPU_TARGETS)}"
+                f"{', '.join((*CPU_TARGETS, *GPU_TARGETS))}"
             )
         self.manifest: Manifest = manifest
         self.load_seconds = 0.0
         self._bundle = bundle
         self._process = os.getpid()
         self._lock = threading.Lock()
-        model = bundle.model_path
-        session = create_session(model, threads=threads, plugin=runs_with_plugin(manifest))
-        check_declared(session, manifest.io, str(model))
-        names = [spec.name for spec in manifest.io.outputs]
         vocabulary = manifest.text.vocab_size if manifest.text is not None else None
-        self._checker = InputChecker(manifest.io, manifest.limits, vocabulary)
-        plain = Engine(
-            session,
-            str(model),
-            names,
-            shared_cache=manifest.cache == "shared",
-            rows_apart=manifest.rows_apart,
-        )
-        traced = TracedEngines(plain, model, manifest, threads)
-        self._engines: tuple[Engine, TracedEngines] | None = (plain, traced)
+        self._checker = InputChecker(own_io(manifest.io), manifest.limits, vocabulary)
+        self._engines: tuple[Engine | GpuEngine, TracedEngines | NoTraces] | None
+        if manifest.target in GPU_TARGETS:
+            self._engines = GpuEngine(bundle), NoTraces()
+        else:
+            self._engines = _cpu_engines(bundle, threads)
         self.notes: tuple[str, ...] = tuple(self._find_notes())
 
     @property
@@ -264,7 +260,7 @@ class Session:
         text = self._text()
         return Generator(engine, self.io, self.manifest.limits, text, self._checker, self._tokenizer)
 
-    def _open(self) -> tuple[Engine, TracedEngines]:
+    def _open(self) -> tuple[Engine | GpuEngine, TracedEngines | NoTraces]:
         engines = self._engines
         if engines is None:
             raise InputError("this session is closed; call load() again")
@@ -291,6 +287,8 @@ class Session:
         return file if file is not None and file.is_file() else None
 
     def _find_notes(self) -> Iterator[str]:
+        if self.manifest.target in GPU_TARGETS:
+            yield "moe-export's runner of TensorRT plans was not run on a GPU before its release"
         slower = missing_plugin_note(self._bundle.model_path) if runs_with_plugin(self.manifest) else None
         if slower is not None:
             yield slower
@@ -302,3 +300,18 @@ class Session:
             yield "no tokenizer: prompts are token ids, and generated text is not shown"
         elif self._tokenizer_file() is None:
             yield "no tokenizer.json: prompts are token ids, and generated text is not shown"
+
+
+def _cpu_engines(bundle: Bundle, threads: int | None) -> tuple[Engine, TracedEngines]:
+    """The engine in ONNX Runtime, plain and traced."""
+    manifest, model = bundle.manifest, bundle.model_path
+    session = create_session(model, threads=threads, plugin=runs_with_plugin(manifest))
+    check_declared(session, manifest.io, str(model))
+    plain = Engine(
+        session,
+        str(model),
+        [spec.name for spec in manifest.io.outputs],
+        shared_cache=manifest.cache == "shared",
+        rows_apart=manifest.rows_apart,
+    )
+    return plain, TracedEngines(plain, model, manifest, threads)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,12 @@ Ints = NDArray[np.int64]
 LOGITS = "logits"
 DECODER_IDS = "decoder_input_ids"
 """An engine with this input is an encoder-decoder."""
+
+
+class RunsWhole(Protocol):
+    """An engine of any kind: all outputs for checked inputs."""
+
+    def run(self, feeds: dict[str, Array]) -> dict[str, Array]: ...
 
 
 class Stepper(ABC):
@@ -148,7 +154,7 @@ class CachedStepper(Stepper):
 class ReplayStepper(Stepper):
     """For a decoder without KV cache: runs the whole sequence at every step."""
 
-    def __init__(self, engine: Engine, io: ModelIO, checker: InputChecker) -> None:
+    def __init__(self, engine: RunsWhole, io: ModelIO, checker: InputChecker) -> None:
         _refuse_unknown_inputs(io)
         self._engine = engine
         self._checker = checker
@@ -170,7 +176,7 @@ class ReplayStepper(Stepper):
 class EncoderDecoderStepper(Stepper):
     """For an encoder-decoder: the source is fixed, the target grows and is run whole at every step."""
 
-    def __init__(self, engine: Engine, checker: InputChecker, source: dict[str, Ints]) -> None:
+    def __init__(self, engine: RunsWhole, checker: InputChecker, source: dict[str, Ints]) -> None:
         """``source``: the encoder's inputs by name, ``input_ids`` and ``attention_mask``."""
         self._engine = engine
         self._checker = checker
@@ -187,7 +193,7 @@ class EncoderDecoderStepper(Stepper):
 def _refuse_unknown_inputs(io: ModelIO) -> None:
     for spec in io.inputs:
         text = spec.role in ("token_ids", "cache")
-        counted = spec.role in ("mask", "positions") and len(spec.shape) == 2
+        counted = spec.role in ("mask", "positions") and len(spec.shape) == 2 or spec.role == "capacity"
         if not text and not counted:
             raise InputError(
                 f"generation cannot supply the input {spec.name!r} ({spec.role}); call run() with all inputs"
