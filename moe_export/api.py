@@ -189,6 +189,7 @@ def _write_engine(
                 "expert_lowering": config.expert_lowering,
                 "expert_weights": config.expert_weights,
                 "quantize": config.quantize,
+                "quantized_lowering": config.quantized_lowering,
                 "threads": config.threads,
                 "max_batch": limits.max_batch,
                 "max_sequence": limits.max_sequence,

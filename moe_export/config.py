@@ -18,6 +18,7 @@ from moe_export.sms import GPU_TARGETS, check_dtype, check_sms
 TARGETS: tuple[str, ...] = ("onnxruntime", "portable", *GPU_TARGETS)
 EXPERT_WEIGHTS: tuple[str, ...] = ("auto", "as-is", "packed")
 QUANTIZATIONS: tuple[str, ...] = ("int8", "int4")
+QUANTIZED_LOWERINGS: tuple[str, ...] = ("auto", "qmoe", "plugin")
 CPU_LOWERINGS: tuple[str, ...] = ("auto", "fused", "unrolled", "loop")
 GPU_LOWERINGS: tuple[str, ...] = ("auto", "native", "plugin")
 EXPERT_LOWERINGS: tuple[str, ...] = tuple(dict.fromkeys((*CPU_LOWERINGS, *GPU_LOWERINGS)))
@@ -65,6 +66,9 @@ class BuildConfig:
     machine."""
     quantize: str | None = None
     """Store expert weights in blocks of int8 or int4, of :data:`QUANTIZATIONS`; None = as floats."""
+    quantized_lowering: str = "auto"
+    """What runs quantised experts: ONNX Runtime's QMoE or the CPU plugin's op; ``auto`` takes the faster one,
+    per layer."""
     tolerances: dict[str, float] = field(default_factory=dict)
     """Output name → largest error allowed there, in place of the dtype's default."""
     seed: int = 0
@@ -102,9 +106,14 @@ class BuildConfig:
             _check_choice("quantize", self.quantize, QUANTIZATIONS)
             if self.target != "onnxruntime":
                 raise UsageError(
-                    f"quantize: {self.quantize} needs target onnxruntime, whose QMoE op runs quantised "
+                    f"quantize: {self.quantize} needs target onnxruntime, which has ops for quantised "
                     f"experts; target {self.target} has none"
                 )
+        _check_choice("quantized_lowering", self.quantized_lowering, QUANTIZED_LOWERINGS)
+        if self.quantized_lowering != "auto" and self.quantize is None:
+            raise UsageError(
+                f"quantized_lowering: {self.quantized_lowering} is for quantised experts; it needs quantize"
+            )
         if self.task is not None:
             _check_choice("task", self.task, TASKS)
         _check_opset(self.opset)
@@ -247,7 +256,7 @@ def _check_field(path: Path, name: str, value: Any, target: Any) -> None:
     so
     any target that takes the value will do.
     """
-    given = {name: value}
+    given = {name: value, **({"quantize": "int8"} if name == "quantized_lowering" else {})}
     if name in _GPU_FIELDS and isinstance(target, str) and target in TARGETS:
         given["target"] = target
     elif name == "sm" or (name == "expert_lowering" and value in GPU_LOWERINGS):

@@ -1,34 +1,32 @@
-"""Experts in int8 or int4: each layer whose form is proven becomes one ``com.microsoft.QMoE``."""
+"""Experts in int8 or int4: each layer becomes one op, QMoE or the CPU plugin's own, whichever is faster."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError, choices_text
-from ..ops.quantization import BLOCKS, KINDS, block_for
-from ..schema import Alternative, Decision, MoELayer
+from ..graph.functions import attach_functions
+from ..ops import OPS
+from ..ops.quantization import KINDS
+from ..schema import Decision, MoELayer
 from .base import Pass, PassContext
-from .expert_form import ExpertForm, find_form, replace_output
-from .qmoe import (
-    INT8_ACTIVATIONS,
-    MICROSOFT,
-    QuantizedExperts,
-    activation_attributes,
-    qmoe_nodes,
-    quantize_experts,
-)
-from .qmoe_proof import qmoe_problem
-from .qmoe_times import compare_times
+from .expert_form import replace_output
+from .qmoe import INT8_ACTIVATIONS, MICROSOFT, QuantizedExperts, qmoe_nodes, quantize_experts
+from .quantized_choice import LOWERINGS, Plan, make_plan, qmoe_activation
+from .quantized_op import OP, PackedExperts, op_attributes, op_nodes, pack_experts
+from .quantized_times import PLUGIN, QMOE
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+_OTHER_BODY = "it differs in form from the model's other experts; one body cannot serve both"
+_CHOICE = {QMOE: "one QMoE op with the model's own routing", PLUGIN: f"one {OP} op of the CPU plugin"}
+
 
 class QuantizeExperts(Pass):
-    """``option quantize``: ``int8`` or ``int4``; without it nothing happens. A layer that QMoE cannot express
-    keeps its float weights, and a decision says why."""
+    """``option quantize``: ``int8`` or ``int4``; without it nothing happens. ``option quantized_lowering``:
+    ``qmoe``, ``plugin`` or ``auto``. A layer that no op can express keeps its float weights, and a decision
+    says why."""
 
     name = "quantize-experts"
 
@@ -38,18 +36,26 @@ class QuantizeExperts(Pass):
         kind = context.options.get("quantize")
         if kind is None:
             return
-        if kind not in KINDS:
-            raise UsageError(f"quantize: unknown value {kind!r}; {choices_text(str(kind), KINDS)}")
-        stored: dict[tuple[int, ...], QuantizedExperts] = {}
+        _check("quantize", kind, KINDS)
+        _check("quantized_lowering", context.options.get("quantized_lowering", "auto"), LOWERINGS)
+        stored: dict[tuple[Any, ...], QuantizedExperts | PackedExperts] = {}
+        body: tuple[Any, ...] | None = None
         for layer in context.layers:
-            found = _plan(context, layer, KINDS[kind])
-            if isinstance(found, str):
-                context.decisions.append(Decision(f"{layer.name}: experts", f"not {kind}: float", found))
+            plan = make_plan(context, layer, KINDS[kind])
+            if isinstance(plan, Plan) and plan.op == PLUGIN:
+                variant = OPS[OP].variant(_attributes(plan, KINDS[kind]))
+                if body is None or variant == body:
+                    body = variant
+                else:
+                    plan = make_plan(context, layer, KINDS[kind], _OTHER_BODY)
+            if isinstance(plan, str):
+                context.decisions.append(Decision(f"{layer.name}: experts", f"not {kind}: float", plan))
             else:
-                self._lower(context, layer, kind, found, stored)
+                _lower(context, layer, kind, plan, stored)
         if context.quantized:
-            context.model.graph.opset_imports.setdefault(MICROSOFT, 1)
             common.RemoveUnusedNodesPass()(context.model)
+            if body is not None:
+                attach_functions(context.model, context.opset)
         elif context.layers:
             context.notes.append(f"{kind} was asked for, and no MoE layer could be quantised")
         else:
@@ -57,82 +63,62 @@ class QuantizeExperts(Pass):
                 f"{kind} was asked for, and the model has no MoE layer; nothing is quantised"
             )
 
-    def _lower(
-        self,
-        context: PassContext,
-        layer: MoELayer,
-        kind: str,
-        plan: _Plan,
-        stored: dict[tuple[int, ...], QuantizedExperts],
-    ) -> None:
-        form, graph = plan.form, context.model.graph
-        values = [*form.weights, *form.biases]
-        key = tuple(id(v) for v in values)
-        if key not in stored:  # layers that share their weights share the codes
-            arrays = [None if v is None or v.const_value is None else v.const_value.numpy() for v in values]
-            up, down, up_bias, down_bias = arrays
-            assert up is not None and down is not None
-            stored[key] = quantize_experts(
-                up, down, up_bias, down_bias, form.attributes, bits=KINDS[kind], block=plan.block
-            )
-        experts = stored[key]
-        first = list(stored).index(key)
-        constants = _Constants(graph, f"experts.{first}.{kind}")
+
+def _check(name: str, value: Any, choices: Any) -> None:
+    if value not in choices:
+        raise UsageError(f"{name}: unknown value {value!r}; {choices_text(str(value), choices)}")
+
+
+def _attributes(plan: Plan, bits: int) -> dict[str, Any]:
+    return op_attributes(plan.form.attributes, bits=bits, block=plan.block)
+
+
+def _lower(
+    context: PassContext,
+    layer: MoELayer,
+    kind: str,
+    plan: Plan,
+    stored: dict[tuple[Any, ...], QuantizedExperts | PackedExperts],
+) -> None:
+    form, graph, bits = plan.form, context.model.graph, KINDS[kind]
+    values = [*form.weights, *form.biases]
+    key = (plan.op, *(id(v) for v in values))
+    if key not in stored:  # layers that share their weights share the codes
+        arrays = [None if v is None or v.const_value is None else v.const_value.numpy() for v in values]
+        up, down, up_bias, down_bias = arrays
+        assert up is not None and down is not None
+        make = quantize_experts if plan.op == QMOE else pack_experts
+        stored[key] = make(up, down, up_bias, down_bias, form.attributes, bits=bits, block=plan.block)
+    experts = stored[key]
+    constants = _Constants(graph, f"experts.{list(stored).index(key)}.{kind}")
+    inputs = form.nodes.hidden, form.nodes.expert_ids, form.nodes.weights
+    if isinstance(experts, PackedExperts):
+        nodes = op_nodes(*inputs, experts, _attributes(plan, bits), constant=constants.get)
+    else:
         nodes = qmoe_nodes(
-            form.nodes.hidden,
-            form.nodes.expert_ids,
-            form.nodes.weights,
+            *inputs,
             experts,
-            plan.activation,
+            qmoe_activation(form.attributes),
             top_k=layer.top_k,
             accuracy_level=INT8_ACTIVATIONS,
             constant=constants.get,
         )
-        replace_output(graph, form.nodes, nodes)
-        context.float32_weights |= constants.names
-        context.quantized = (*context.quantized, layer.index)
-        before = sum(v.const_value.nbytes for v in form.weights if v.const_value is not None)
-        comparison = compare_times(
-            layer.num_experts, layer.top_k, form.attributes, experts, plan.activation, context.options
+        graph.opset_imports.setdefault(MICROSOFT, 1)
+    replace_output(graph, form.nodes, nodes)
+    context.float32_weights |= constants.names
+    context.quantized = (*context.quantized, layer.index)
+    before = sum(v.const_value.nbytes for v in form.weights if v.const_value is not None)
+    proof = ", QMoE of this form was run beside its reference" if plan.op == QMOE else ""
+    context.decisions.append(
+        Decision(
+            f"{layer.name}: experts",
+            f"{kind} in blocks of {plan.block}, {_CHOICE[plan.op]}",
+            f"its activation is {form.attributes['activation']}{proof}; {experts.nbytes / 2**20:.1f} MiB "
+            f"instead of {before / 2**20:.1f} MiB; {plan.why}",
+            plan.others,
+            plan.measured_ms,
         )
-        context.decisions.append(
-            Decision(
-                f"{layer.name}: experts",
-                f"{kind} in blocks of {plan.block}, one QMoE op with the model's own routing",
-                f"its activation is {form.attributes['activation']}, QMoE of this form was run beside its "
-                f"reference; {experts.nbytes / 2**20:.1f} MiB instead of {before / 2**20:.1f} MiB; "
-                f"{comparison.reason}",
-                (Alternative("float", comparison.alternative, comparison.float_ms),),
-                comparison.quantized_ms,
-            )
-        )
-
-
-@dataclass(frozen=True)
-class _Plan:
-    form: ExpertForm
-    activation: Mapping[str, Any]
-    block: int
-
-
-def _plan(context: PassContext, layer: MoELayer, bits: int) -> _Plan | str:
-    """How the layer is quantised, or why it is not."""
-    form = find_form(context, layer.name)
-    if isinstance(form, str):
-        return form
-    activation = activation_attributes(form.attributes)
-    if isinstance(activation, str):
-        return activation
-    block = block_for(layer.hidden_size, layer.intermediate_size)
-    if block is None:
-        sizes = f"{layer.hidden_size} and {layer.intermediate_size}"
-        return f"its sizes {sizes} are not both multiples of {BLOCKS[-1]}, the smallest block"
-    if layer.top_k > layer.num_experts:
-        return f"it chooses {layer.top_k} of {layer.num_experts} experts"
-    problem = qmoe_problem(
-        form.attributes, bits=bits, block=block, top_k=layer.top_k, accuracy_level=INT8_ACTIVATIONS
     )
-    return problem or _Plan(form, activation, block)
 
 
 class _Constants:

@@ -27,7 +27,8 @@ class OnnxRuntimeBackend(Backend):
         """``expert_lowering`` auto: fused where the CPU plugin is.
 
         Raises:
-            EnvironmentLacksError: fused or packed experts were asked for, and there is no plugin.
+            EnvironmentLacksError: fused or packed experts or the plugin's quantised ones were asked for, and
+                there is no plugin.
         """
         wanted = options.get("expert_lowering", "auto")
         problem = cpu_plugin_problem()
@@ -35,6 +36,8 @@ class OnnxRuntimeBackend(Backend):
             raise EnvironmentLacksError(f"expert_lowering fused needs the CPU plugin: {problem}")
         if options.get("expert_weights") == "packed" and problem:
             raise EnvironmentLacksError(f"expert_weights packed needs the CPU plugin: {problem}")
+        if options.get("quantized_lowering") == "plugin" and problem:
+            raise EnvironmentLacksError(f"quantized_lowering plugin needs the CPU plugin: {problem}")
         return {
             **options,
             "fused_experts": wanted in ("auto", "fused") and not problem,
