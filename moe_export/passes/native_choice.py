@@ -4,31 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
-from ..costs import Assumptions, Gpu, Work, find_gpu, predict
-from ..costs.buckets import uniform_load
+from ..costs.moe_kernels import (
+    GATHER_TOKENS,
+    MoeShapes,
+    gpu_for,
+    predict_layer,
+    refusals,
+)
 from ..schema import Alternative
 from .native_text import NativeForm
 
-GPU_OF_SM = {
-    75: "l4",
-    80: "a100-80",
-    86: "l4",
-    89: "l40s",
-    90: "h100",
-    100: "b200",
-    103: "b200",
-    120: "rtx-5090",
-    121: "rtx-5090",
-}
-"""A GPU of each SM whose data sheet the cost model has; of the nearest that it has where there is none."""
 TOKENS = (1, 16, 512)
 """One decoded token, a batch of them, a prompt."""
-LAUNCHES = {"gather": 4, "buckets": 14, "dense": 5}
-"""Kernels per layer after TensorRT's fusions: an assumption."""
 DENSE_WASTE = 2.0
 """E/K below which computing every expert on every token wastes less than buckets leave empty."""
-MOST_THRESHOLD = 64
+DEFAULT_SM = 89
 
 
 @dataclass(frozen=True)
@@ -41,42 +33,38 @@ class Choice:
     alternatives: tuple[Alternative, ...]
 
 
-def seconds(form: NativeForm, lowering: str, tokens: int, gpu: Gpu) -> float:
-    """*Predicted* time of one layer's experts."""
-    wide = form.inner * (2 if form.attributes["gated"] else 1)
-    per_expert = form.hidden * (wide + form.inner)
-    each = 4 if form.dtype == "float32" else 2
-    weight = 4 if form.weight_dtype == "float32" else 2
-    width = 2 * form.hidden + wide + form.inner
-    assignments = tokens * form.top_k
-    if lowering == "gather":
-        rows, matrices, compute = float(assignments), float(assignments), "float32"
-    elif lowering == "buckets":
-        rows = form.experts * uniform_load(tokens, form.top_k, form.experts)
-        matrices, compute = float(form.experts), _compute(form.dtype)
-    else:
-        rows, matrices, compute = float(form.experts * tokens), float(form.experts), _compute(form.dtype)
-    work = Work(
-        flops=2.0 * rows * per_expert,
-        weights=matrices * per_expert * weight,
-        activations=(rows * width + 2.0 * assignments * form.hidden) * each,
+def shapes_of(form: NativeForm, tokens: int) -> MoeShapes:
+    """The layer as the cost model takes it."""
+    given = form.attributes
+    return MoeShapes(
+        tokens,
+        form.experts,
+        form.top_k,
+        form.hidden,
+        form.inner,
+        bool(given["gated"]),
+        form.computed,
+        str(given["activation"]),
+        bool(given["biased"]),
     )
-    return predict(work, gpu, compute, Assumptions(), LAUNCHES[lowering]).seconds
 
 
-def _compute(dtype: str) -> str:
-    return "float32" if dtype == "float32" else "bfloat16"
+@lru_cache(maxsize=4096)
+def _seconds(shapes: MoeShapes, lowering: str, sm: int) -> float:
+    return predict_layer(shapes, sm, lowering).seconds
 
 
-def threshold_of(form: NativeForm, gpu: Gpu) -> int:
+def threshold_of(form: NativeForm, sm: int) -> int:
     """Tokens up to which gathering is predicted to be no slower than buckets; 1 or more.
 
-    Near E/K: there the assignments read as many matrices as there are experts.
+    Near E/K: there the assignments read as many matrices as there are experts. Never beyond what TensorRT
+    was seen to fuse.
     """
+    most = max(GATHER_TOKENS, form.experts // form.top_k)
     few = [
         t
-        for t in range(1, MOST_THRESHOLD + 1)
-        if seconds(form, "gather", t, gpu) <= seconds(form, "buckets", t, gpu)
+        for t in range(1, most + 1)
+        if _seconds(shapes_of(form, t), "gather", sm) <= _seconds(shapes_of(form, t), "buckets", sm)
     ]
     return max(few, default=1)
 
@@ -86,11 +74,10 @@ def choose(form: NativeForm, wanted: str, sms: Iterable[int], max_tokens: int | 
 
     ``wanted``: ``auto``, or one of :data:`native_text.LOWERINGS` to force it.
     """
-    gpu = find_gpu(GPU_OF_SM.get(next(iter(sms), 89), "l40s"))
-    threshold = threshold_of(form, gpu)
+    sm = next(iter(sms), DEFAULT_SM)
+    threshold = threshold_of(form, sm)
     lowering = wanted if wanted != "auto" else _best(form, threshold, max_tokens)
     reason = _reason(form, lowering, threshold, max_tokens) if wanted == "auto" else "asked for"
-    shown = {name: _times(form, name, threshold, gpu) for name in ("gather", "buckets", "both", "dense")}
     notes = {
         "gather": f"slower above {threshold} tokens: each assignment reads its expert's matrices again",
         "buckets": f"slower up to {threshold} tokens: it reads every expert's matrices, used or not",
@@ -98,11 +85,14 @@ def choose(form: NativeForm, wanted: str, sms: Iterable[int], max_tokens: int | 
         "dense": f"computes every expert on every token, {form.experts / form.top_k:.3g} times the work",
     }
     others = [
-        Alternative(f"native: {name}", f"{notes[name]}; {text}")
-        for name, text in shown.items()
+        Alternative(f"native: {name}", f"{note}; {_times(form, name, threshold, sm)}")
+        for name, note in notes.items()
         if name != lowering
     ]
-    return Choice(lowering, threshold, f"{reason}; {shown[lowering]}", tuple(others))
+    others.append(Alternative("GPU plugin ExpertMLP", _plugin(form, sm)))
+    others.append(Alternative("TRT_MoE", _trt_moe(form, sm)))
+    times = f"{_times(form, lowering, threshold, sm)} on {gpu_for(sm).title}"
+    return Choice(lowering, threshold, f"{reason}; {times}", tuple(others))
 
 
 def _best(form: NativeForm, threshold: int, max_tokens: int | None) -> str:
@@ -131,12 +121,26 @@ def _why_not_both(form: NativeForm, threshold: int, max_tokens: int | None) -> s
     return "was not asked for"
 
 
-def _times(form: NativeForm, lowering: str, threshold: int, gpu: Gpu) -> str:
+def _times(form: NativeForm, lowering: str, threshold: int, sm: int) -> str:
     def at(tokens: int) -> float:
         name = lowering
         if lowering == "both":
             name = "gather" if tokens <= threshold else "buckets"
-        return seconds(form, name, tokens, gpu)
+        return _seconds(shapes_of(form, tokens), name, sm)
 
     parts = ", ".join(f"{at(t) * 1e3:.3g} ms at T={t}" for t in TOKENS)
-    return f"predicted for {gpu.title}, not measured: {parts}"
+    return f"predicted, not measured: {parts}"
+
+
+def _plugin(form: NativeForm, sm: int) -> str:
+    refused = refusals(shapes_of(form, 1), sm).get("plugin")
+    if refused:
+        return refused
+    return f"needs expert_lowering = plugin, and its library beside the plan; {_times(form, 'plugin', 0, sm)}"
+
+
+def _trt_moe(form: NativeForm, sm: int) -> str:
+    refused = refusals(shapes_of(form, 1), sm).get("trt_moe")
+    if refused:
+        return refused
+    return f"cannot be built where moe-export is tested, so never checked; {_times(form, 'trt_moe', 0, sm)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import ExportError, UsageError, choices_text
 from ..graph.functions import attach_functions
@@ -51,7 +51,7 @@ class NativeExperts(Pass):
             if layer.index in (*context.fused, *context.quantized):
                 continue
             found = find_form(context, layer.name)
-            form = found if isinstance(found, str) else native_form(layer, found)
+            form = found if isinstance(found, str) else native_form(layer, found, context.dtype)
             if isinstance(form, str) or isinstance(found, str):
                 context.decisions.append(
                     Decision(
@@ -65,7 +65,7 @@ class NativeExperts(Pass):
             choice = choose(form, wanted, context.options.get("sm") or (), context.options.get("max_tokens"))
             loads += _replace(context, layer, found, form, choice)
             context.fused = (*context.fused, layer.index)
-            context.decisions.append(_decision(context, layer, found, choice))
+            context.decisions.append(_decision(layer, found, choice))
         loads += _one_by_one(context)
         if loads:
             _add_load(context, loads)
@@ -73,7 +73,7 @@ class NativeExperts(Pass):
         attach_functions(context.model, context.opset)
 
 
-def native_form(layer: MoELayer, found: ExpertForm) -> NativeForm | str:
+def native_form(layer: MoELayer, found: ExpertForm, computed: str) -> NativeForm | str:
     """What the lowering's text depends on, or why there is none."""
     hidden = found.nodes.hidden
     dtype = _FLOATS.get(hidden.dtype.name) if hidden.dtype is not None else None
@@ -89,6 +89,7 @@ def native_form(layer: MoELayer, found: ExpertForm) -> NativeForm | str:
         dtype,
         weight_dtype,
         bool(found.nodes.dispatch.attributes["drops"].as_int()),
+        computed,
     )
 
 
@@ -160,7 +161,7 @@ def _add_load(context: PassContext, loads: list[ir.Value]) -> None:
     context.io = dataclasses.replace(context.io, outputs=(*context.io.outputs, spec))
 
 
-def _decision(context: PassContext, layer: MoELayer, found: ExpertForm, choice: Choice) -> Decision:
+def _decision(layer: MoELayer, found: ExpertForm, choice: Choice) -> Decision:
     activation = found.attributes["activation"]
     text = {
         "gather": "native: gather",
@@ -168,19 +169,5 @@ def _decision(context: PassContext, layer: MoELayer, found: ExpertForm, choice: 
         "both": f"native: gather up to {choice.threshold} tokens, buckets above",
         "dense": "native: dense",
     }[choice.lowering]
-    others = [*choice.alternatives, _trt_moe(found.attributes)]
-    if context.options.get("expert_lowering") == "native":
-        others.append(Alternative("GPU plugin ExpertMLP", "expert_lowering = native was asked for"))
     reason = f"{choice.reason}; its activation is {activation}, proven by running its nodes"
-    return Decision(f"{layer.name}: experts", text, reason, tuple(others))
-
-
-def _trt_moe(given: dict[str, Any]) -> Alternative:
-    """Why TensorRT's own MoE layer is not used."""
-    limits = []
-    if not (given["activation"] == "silu" and given["gated"]):
-        limits.append("it has SiLU-gated experts only")
-    if given["biased"]:
-        limits.append("it has no biases")
-    limits.append("it runs on SM100, SM103 and SM110 only, and cannot be built here to be checked")
-    return Alternative("TRT_MoE", "; ".join(limits))
+    return Decision(f"{layer.name}: experts", text, reason, choice.alternatives)

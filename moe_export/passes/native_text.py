@@ -45,6 +45,8 @@ class NativeForm:
     dtype: str
     weight_dtype: str
     drops: bool
+    computed: str = "float32"
+    """What the products are computed in once every pass has run: decides predicted times, not the text."""
 
     @property
     def experts(self) -> int:
