@@ -71,12 +71,12 @@ def spills(
     H: tl.constexpr,
 ) -> None:
     """A tile far too large for the registers of one warp."""
-    i = tl.arange(0, 128)[:, None]
+    i = tl.arange(0, 64)[:, None]
     j = tl.arange(0, 128)[None, :]
-    total = tl.zeros([128, 128], tl.float32)
+    total = tl.zeros([64, 128], tl.float32)
     for step in tl.range(0, M):
-        a = tl.load(inner + i * H + tl.arange(0, 32)[None, :] + step)
-        b = tl.load(down + tl.arange(0, 32)[:, None] + j * H + step)
+        a = tl.load(inner + i * H + tl.arange(0, 16)[None, :] + step)
+        b = tl.load(down + tl.arange(0, 16)[:, None] + j * H + step)
         total = tl.dot(a, b, total)
     total += tl.load(weights) + tl.load(sorted_rows) + tl.load(block_expert)
     tl.store(rows + i * H + j, total.to(rows.dtype.element_ty))
