@@ -19,7 +19,9 @@ from .sms import GPU_TARGETS
 if TYPE_CHECKING:
     from .bundle.reader import Bundle
     from .bundle.writer import BundleWriter
+    from .importer.export import ExportedModel
     from .importer.sources import LoadedSource
+    from .importer.weight_sources import StoredWeights
     from .verify.result import ParityReport
 
 
@@ -30,6 +32,7 @@ def export(
     task: str | None = None,
     dtype: str = "float32",
     opset: int = 20,
+    weights: str = "auto",
     inputs: dict[str, Any] | None = None,
     dynamic: dict[str, dict[int, str]] | None = None,
     overwrite: bool = False,
@@ -41,6 +44,9 @@ def export(
     Args:
         source: model folder, ``file.py:function``, ``transformers`` model, or ``nn.Module`` with ``inputs``.
         output: folder to make; holds ``model.onnx``, its weights, and ``manifest.json``.
+        weights: of a model folder. ``reference``: they stay in the checkpoint's files, which ``output`` then
+            shares by hard links, and none is held in memory; ``load``: read and written anew; ``auto``:
+            referenced where that is possible.
         inputs, dynamic: of an own module; see :func:`moe_export.importer.sources.load_source`.
 
     Returns: the folder.
@@ -53,6 +59,7 @@ def export(
         task=task,
         dtype=dtype,
         opset=opset,
+        weights=weights,
         verify=False,
         bench=False,
         overwrite=overwrite,
@@ -127,6 +134,7 @@ def _build(
         inputs=inputs,
         dynamic=dynamic,
         trust_remote_code=config.trust_remote_code,
+        hollow=_by_reference(source, config),
         progress=progress,
     )
     _limits(loaded, config)
@@ -136,9 +144,8 @@ def _build(
         progress.note(f"{output} is unchanged: same source, options and tools; nothing to build")
         _raise_if_failed(unchanged)
         return unchanged
-    weight_bytes = sum(p.numel() for p in loaded.module.parameters()) * (
-        4 if config.dtype == "float32" else 2
-    )
+    each = 0 if loaded.stored is not None else 4 if config.dtype == "float32" else 2
+    weight_bytes = sum(p.numel() for p in loaded.module.parameters()) * each
     with BundleWriter(
         output,
         overwrite=config.overwrite,
@@ -152,6 +159,23 @@ def _build(
     bundle = open_bundle(output, trust=True)
     _raise_if_failed(bundle)
     return bundle
+
+
+def _by_reference(source: Any, config: BuildConfig) -> bool:
+    """Whether the weights of ``source`` stay where they lie.
+
+    Raises:
+        UsageError: that was asked for, and cannot be.
+    """
+    folder = isinstance(source, (str, Path)) and (Path(source) / "config.json").is_file()
+    if config.weights == "load" or not folder or config.trust_remote_code:
+        if config.weights == "reference":
+            raise UsageError(
+                "weights: reference is for a model folder whose class is one of transformers' own; "
+                f"{source if isinstance(source, (str, Path)) else type(source).__name__} is loaded"
+            )
+        return False
+    return not config.reference_problem()
 
 
 def _raise_if_failed(bundle: Bundle) -> None:
@@ -179,6 +203,8 @@ def _write_engine(
     blocks = find_expert_blocks(loaded.module, getattr(loaded.module, "config", None))
     backend.check_layers(blocks, dataclasses.asdict(config))
     exported = export_model(loaded, dtype=config.dtype, opset=config.opset, progress=progress)
+    if config.target in GPU_TARGETS and config.verify:
+        _require_covered(exported, config, limits)
     known = limits.max_batch is not None and limits.max_sequence is not None
     max_tokens = (limits.max_batch or 0) * (limits.max_sequence or 0) if known else None
     with progress.stage(f"lower for {config.target}"):
@@ -197,6 +223,8 @@ def _write_engine(
                 **environment,
             },
         )
+    if loaded.stored is not None:
+        _take_over_hashes(loaded.stored, writer)
     count = count_parameters(loaded.module, getattr(loaded.module, "config", None))
     parameters = {
         "total": count.total,
@@ -226,6 +254,21 @@ def _write_engine(
     )
 
 
+def _require_covered(exported: ExportedModel, config: BuildConfig, limits: Limits) -> None:
+    """Refuse limits whose profiles lack a shape that verification uses, before plans are built."""
+    from .backends.trt.profiles import make_profiles, require_covered
+    from .verify.inputs import make_cases
+
+    loaded = exported.source
+    manifest = Manifest(
+        loaded.info, loaded.task, config.target, config.dtype, config.opset, exported.io, limits,
+        exported.moe_layers, text=loaded.text,
+    )  # fmt: skip
+    cases, _ = make_cases(manifest, seed=config.seed)
+    profiles = make_profiles(exported.io, limits, split=False)
+    require_covered(profiles, ((c.name, {n: v.shape for n, v in c.inputs.items()}) for c in cases))
+
+
 def _limits(loaded: LoadedSource, config: BuildConfig) -> Limits:
     """What an engine accepts. Plans have an end to their shapes, so GPU targets have limits where none were
     asked."""
@@ -252,6 +295,15 @@ def _max_sequence(loaded: LoadedSource, config: BuildConfig) -> int | None:
     return config.max_sequence or limit
 
 
+def _take_over_hashes(stored: StoredWeights, writer: BundleWriter) -> None:
+    """What was hashed as the source need not be hashed again as a part of the bundle."""
+    from .backends.weight_files import CHECKPOINT_FOLDER
+
+    for name, (size, digest) in stored.digests.items():
+        if (writer.path / CHECKPOINT_FOLDER / name).is_file():
+            writer.know(f"{CHECKPOINT_FOLDER}/{name}", size, digest)
+
+
 def _copy_tokenizer(loaded: LoadedSource, folder: Path) -> TextInfo | None:
     if loaded.text is None:
         return None
@@ -273,6 +325,9 @@ def _gather_evidence(
 ) -> Manifest:
     """Verify and measure the engine where it lies, before it gets its name ``output``; write reports beside
     it."""
+    gpu = config.target in GPU_TARGETS
+    if gpu:
+        manifest = dataclasses.replace(manifest, notes=(*manifest.notes, *_not_done(config)))
     if not (config.verify or config.bench):
         return manifest
     from .report.html import write_report
@@ -291,10 +346,10 @@ def _gather_evidence(
         write_reports(report, evidence)
         parity = report.to_dict()
         summaries["parity"] = report.summary()
-        usage = _usage(writer.path, config, progress)
+        usage = None if gpu else _usage(writer.path, config, progress)
         if usage is not None:
             (evidence / "usage.json").write_text(json.dumps(usage, indent=2) + "\n", encoding="utf-8")
-    if config.bench:
+    if config.bench and not gpu:
         from .bench import bench_bundle
 
         chosen: dict[str, Any] = {
@@ -321,6 +376,15 @@ def _gather_evidence(
     return manifest
 
 
+def _not_done(config: BuildConfig) -> tuple[str, ...]:
+    """What the evidence of a GPU target does not show."""
+    if config.verify:
+        parity = "checked by simulation: the lowered graph ran on the CPU, no plan ran on a GPU"
+    else:
+        parity = "not verified; `moe-export verify BUNDLE --simulate` runs the lowered graph on the CPU"
+    return (parity, "not measured: a plan's speed shows on its GPU only")
+
+
 def _verify(
     verify_bundle: Any, loaded: LoadedSource, config: BuildConfig, folder: Path, progress: Progress
 ) -> ParityReport:
@@ -334,6 +398,7 @@ def _verify(
         seed=config.seed,
         threads=config.threads,
         progress=progress,
+        simulate=config.target in GPU_TARGETS,
     )
     return report
 

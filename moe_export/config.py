@@ -21,6 +21,8 @@ QUANTIZATIONS: tuple[str, ...] = ("int8", "int4")
 QUANTIZED_LOWERINGS: tuple[str, ...] = ("auto", "qmoe", "plugin")
 CPU_LOWERINGS: tuple[str, ...] = ("auto", "fused", "unrolled", "loop")
 GPU_LOWERINGS: tuple[str, ...] = ("auto", "native", "plugin")
+WEIGHTS: tuple[str, ...] = ("auto", "reference", "load")
+"""``reference``: in the checkpoint's own files, which the engine shares; ``load``: read and written anew."""
 EXPERT_LOWERINGS: tuple[str, ...] = tuple(dict.fromkeys((*CPU_LOWERINGS, *GPU_LOWERINGS)))
 OPSETS: tuple[int, ...] = (20, 21, 22, 24)
 DEFAULT_OPSET = 20
@@ -69,6 +71,8 @@ class BuildConfig:
     quantized_lowering: str = "auto"
     """What runs quantised experts: ONNX Runtime's QMoE or the CPU plugin's op; ``auto`` takes the faster one,
     per layer."""
+    weights: str = "auto"
+    """Where the weights of an exported model folder lie; see :data:`WEIGHTS`."""
     tolerances: dict[str, float] = field(default_factory=dict)
     """Output name → largest error allowed there, in place of the dtype's default."""
     seed: int = 0
@@ -102,6 +106,9 @@ class BuildConfig:
                 "expert_weights: packed is for fused experts; it needs target onnxruntime, expert_lowering "
                 "auto or fused, and no quantize"
             )
+        _check_choice("weights", self.weights, WEIGHTS)
+        if self.weights == "reference" and (why := self.reference_problem()):
+            raise UsageError(f"weights: reference {why}")
         if self.quantize is not None:
             _check_choice("quantize", self.quantize, QUANTIZATIONS)
             if self.target != "onnxruntime":
@@ -164,6 +171,16 @@ class BuildConfig:
                 f"expert_lowering: {self.expert_lowering} is for {others}; target {self.target} has "
                 f"{', '.join(own)}"
             )
+
+    def reference_problem(self) -> str:
+        """Why weights cannot be left where they lie; empty when they can."""
+        if self.target != "portable":
+            return f"needs target portable; {self.target} lays weights out anew"
+        if self.verify or self.bench:
+            return "needs verify = false and bench = false, which load the model: use `moe-export export`"
+        if self.dtype == "float16":
+            return "needs dtype float32 or bfloat16; float16 changes every weight"
+        return ""
 
     def key_fields(self) -> dict[str, Any]:
         """The fields that decide what a bundle holds, for :func:`moe_export.bundle.cache_key`."""

@@ -27,6 +27,13 @@ class FolderHashes:
         self._folder = folder
         self._known: dict[str, tuple[_Stamp, str]] = {}
 
+    def know(self, relative: str, size: int, sha256: str) -> None:
+        """Take over the hash of a file that was read elsewhere, if it still has that size and has been left
+        alone for a while."""
+        stamp = _stamp(self._folder / relative)
+        if stamp[0] == size and time.time_ns() - stamp[1] > _SETTLED_NS:
+            self._known[relative] = (stamp, sha256)
+
     def entries(self, progress: Progress) -> tuple[FileEntry, ...]:
         """Every file but the manifest, sorted by path.
 

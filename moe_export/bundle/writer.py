@@ -117,6 +117,10 @@ class BundleWriter:
         if translated is not None:
             raise translated from error
 
+    def know(self, relative: str, size: int, sha256: str) -> None:
+        """The SHA-256 of a file in :attr:`path` that the caller has read already."""
+        self._hashes.know(relative, size, sha256)
+
     def commit(self, manifest: Manifest) -> Path:
         """Finish the bundle; returns the output folder.
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from moe_export.cli.options import common_options, json_option, quiet_option, trust_remote_code_option
-from moe_export.config import DEFAULT_OPSET
+from moe_export.config import DEFAULT_OPSET, WEIGHTS
 from moe_export.schema import DTYPES, TASKS
 
 
@@ -18,6 +18,14 @@ from moe_export.schema import DTYPES, TASKS
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Numbers.")
 @click.option("--task", type=click.Choice(TASKS), help="What the model is for.  [default: from the model]")
 @click.option("--opset", type=int, default=DEFAULT_OPSET, show_default=True, help="ONNX opset.")
+@click.option(
+    "--weights",
+    type=click.Choice(WEIGHTS),
+    default="auto",
+    show_default=True,
+    help="reference: leave the weights in the checkpoint's files, which the export then shares; load: read "
+    "and write them anew; auto: referenced where that is possible.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an earlier export at the output.")
 @trust_remote_code_option
 @json_option
@@ -27,6 +35,9 @@ def command(source: str, output: Path, as_json: bool, quiet: bool, **options: An
     """Export SOURCE to portable ONNX only: standard ops, and moe_export ops with function bodies.
 
     model.onnx runs in any ONNX runtime, without a library of moe-export. Nothing is verified or measured.
+
+    The weights of a model folder stay in its files, however large they are: the export shares those files
+    (hard links below checkpoint/) and holds no weight in memory.
     """
     from moe_export.api import export
     from moe_export.cli.output import print_json

@@ -9,13 +9,14 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from moe_export.errors import EnvironmentLacksError, SourceError, UnsupportedModelError
-from moe_export.files import describe_path, update_hash
+from moe_export.files import describe_path, sha256_file
 from moe_export.importer.config_facts import experts_in_config, refuse_quantized
 from moe_export.importer.finite import check_finite_tensors
 from moe_export.importer.safetensors_header import HeaderEntry, read_header
@@ -26,7 +27,10 @@ __all__ = [
     "TensorInfo",
     "check_finite",
     "experts_in_config",
+    "file_digests",
+    "hash_of_digests",
     "inspect_checkpoint",
+    "read_through",
     "source_hash",
 ]
 
@@ -125,27 +129,49 @@ def check_finite(folder: str | Path, progress: Progress | None = None) -> None:
 
 
 def source_hash(folder: str | Path, progress: Progress | None = None) -> str:
-    """SHA-256 over config.json, generation_config.json (if there) and the weight files: names, sizes,
-    contents."""
+    """SHA-256 over config.json, generation_config.json (if there) and the weight files: names, sizes and the
+    SHA-256 of each."""
+    return hash_of_digests(file_digests(folder, progress))
+
+
+def file_digests(folder: str | Path, progress: Progress | None = None) -> dict[str, tuple[int, str]]:
+    """Config and weight files of a model folder: name → size in bytes and SHA-256.
+
+    Raises:
+        SourceError: a file cannot be read.
+    """
     folder = Path(folder)
     shards, _ = _read_weights(folder)
     configs = [name for name in _HASHED_CONFIGS if (folder / name).is_file()]
     names = [*configs, *shards]
-    digest = hashlib.sha256()
+    digests: dict[str, tuple[int, str]] = {}
     try:
         sizes = {name: (folder / name).stat().st_size for name in names}
         with (progress or NullProgress()).stage("hash source", sum(sizes.values())) as advance:
             for name in names:
-                digest.update(f"{name}\0{sizes[name]}\0".encode())
-                _hash_into(digest, folder / name, advance)
+                digests[name] = sizes[name], sha256_file(folder / name, advance)
     except OSError as error:
         raise SourceError(f"{error.filename} cannot be read: {error.strerror}") from error
-    return digest.hexdigest()
+    return digests
 
 
-def _hash_into(digest: Any, path: Path, advance: Callable[[int], None] | None = None) -> None:
-    with path.open("rb") as stream:
-        update_hash(digest, stream, advance)
+def hash_of_digests(digests: Mapping[str, tuple[int, str]]) -> str:
+    """One hash of :func:`file_digests`' result."""
+    text = "".join(f"{name}\0{size}\0{digest}\0" for name, (size, digest) in digests.items())
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_through(folder: str | Path, progress: Progress | None = None) -> dict[str, tuple[int, str]]:
+    """:func:`check_finite` and :func:`file_digests` at the same time, so that a large checkpoint is read from
+    the disk once.
+
+    Raises:
+        SourceError: as they do.
+    """
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        digests = pool.submit(file_digests, folder)  # a display shows one stage at a time: the slower one's
+        check_finite(folder, progress)
+        return digests.result()
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +96,14 @@ def _scan(path: Path, entry: HeaderEntry, advance: Any) -> _Fault:
     with path.open("rb", buffering=0) as stream:
         stream.seek(entry.begin)
         while done < entry.nbytes:
+            hole = _hole(stream, entry.begin + done, entry.begin + entry.nbytes)
+            if hole:  # zeros that were never written
+                hole -= hole % np.dtype(bits.element).itemsize
+            if hole >= _BLOCK_BYTES:
+                done += hole
+                advance(hole)
+                stream.seek(entry.begin + done)
+                continue
             block = buffer[: min(_BLOCK_BYTES, entry.nbytes - done)]
             _fill(stream, block, path)
             values = block.view(bits.element)
@@ -101,6 +111,19 @@ def _scan(path: Path, entry: HeaderEntry, advance: Any) -> _Fault:
             done += block.size
             advance(block.size)
     return fault
+
+
+def _hole(stream: Any, begin: int, end: int) -> int:
+    """How many bytes from ``begin`` on lie in a hole of a sparse file. Leaves the stream at ``begin``."""
+    seek_data = getattr(os, "SEEK_DATA", None)
+    if seek_data is None:
+        return 0
+    try:
+        found = stream.seek(begin, seek_data)
+    except OSError as error:  # ENXIO: no data up to the end of the file; others: no such thing here
+        found = end if error.errno == errno.ENXIO else begin
+    stream.seek(begin)
+    return max(0, min(int(found), end) - begin)
 
 
 def _fill(stream: Any, block: NDArray[np.uint8], path: Path) -> None:

@@ -136,7 +136,9 @@ def _cast_at_use(graph: ir.Graph, value: ir.Value, stored: ir.DataType) -> None:
     for node, index in uses:
         if node.domain == DOMAIN:
             continue
-        if node.op_type == "Gather" and index == 0:  # rows are looked up first, then cast
+        # Only the rows looked up are cast; and a runtime that transposes when it loads does so in half the
+        # memory before the cast.
+        if node.op_type in ("Gather", "Transpose") and index == 0:
             _cast_output(graph, node, stored, wanted)
             continue
         others.append((node, index))

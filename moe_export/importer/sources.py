@@ -149,11 +149,11 @@ def check_finite_state(module: nn.Module) -> None:
 def _folder_source(
     folder: Path, task: str | None, trust_remote_code: bool, hollow: bool, progress: Progress
 ) -> LoadedSource:
-    from .checkpoint import check_finite, inspect_checkpoint, source_hash
+    from .checkpoint import hash_of_digests, inspect_checkpoint, read_through
 
     checkpoint = inspect_checkpoint(folder, trust_remote_code=trust_remote_code)
-    check_finite(folder, progress)
-    digest = source_hash(folder, progress)
+    digests = read_through(folder, progress)
+    digest = hash_of_digests(digests)
     _require("transformers", "transformers")
     import torch
     import transformers
@@ -170,6 +170,7 @@ def _folder_source(
             from .hollow import hollow_model
 
             model, stored = hollow_model(loader, config, checkpoint, options)
+            stored = dataclasses.replace(stored, digests=digests)
             return dataclasses.replace(_library_source(model, str(folder), task, digest), stored=stored)
         try:
             model, loading = loader.from_pretrained(

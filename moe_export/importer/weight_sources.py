@@ -8,7 +8,7 @@ table of conversions is read, so that what needs no change can be used where it 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +62,8 @@ class StoredWeights:
 
     checkpoint: CheckpointInfo
     sources: Mapping[str, WeightSource]
+    digests: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    """Size and SHA-256 of the checkpoint's files, where they are known."""
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor of the checkpoint, read now."""

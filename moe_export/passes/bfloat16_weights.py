@@ -25,7 +25,6 @@ class BFloat16Weights(Pass):
     def _run(self, context: PassContext) -> None:
         if context.dtype != "bfloat16":
             return
-        import ml_dtypes
         import onnx_ir as ir
 
         graph = context.model.graph
@@ -40,7 +39,7 @@ class BFloat16Weights(Pass):
                 continue
             if _kept(value, context) or (tensor.size < SMALLEST and id(value) not in whole):
                 continue
-            stored = _stored(value, tensor.numpy().astype(ml_dtypes.bfloat16))
+            stored = _stored(value, tensor)
             graph.register_initializer(stored)
             count, size = count + 1, size + int(tensor.size)
             for node, index in list(value.uses()):
@@ -75,10 +74,19 @@ def _kept(value: ir.Value | None, context: PassContext) -> bool:
     return value is None or value.name in context.float32_weights
 
 
-def _stored(value: ir.Value, array: object) -> ir.Value:
+def _stored(value: ir.Value, tensor: ir.TensorProtocol) -> ir.Value:
+    """Rounded when it is written, so that no second copy of all weights is held."""
+    import ml_dtypes
     import onnx_ir as ir
 
-    stored = ir.Value(name=f"{value.name}.bfloat16", const_value=ir.tensor(array))
+    name = f"{value.name}.bfloat16"
+    rounded = ir.LazyTensor(
+        lambda: ir.tensor(tensor.numpy().astype(ml_dtypes.bfloat16)),
+        dtype=ir.DataType.BFLOAT16,
+        shape=ir.Shape(tensor.shape),
+        name=name,
+    )
+    stored = ir.Value(name=name, const_value=rounded)
     stored.dtype, stored.shape = ir.DataType.BFLOAT16, value.shape
     return stored
 
