@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -42,6 +43,8 @@ class Check:
     command: tuple[str, ...]
     sm: int | None = None
     timeout: float = 1800.0
+    gpu: int | None = None
+    """Number of the GPU it runs on; the only one its process sees."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,9 @@ def run_child(check: Check) -> Outcome:
 
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         try:
-            code = subprocess.run(check.command, stdout=out, stderr=err, timeout=check.timeout).returncode
+            code = subprocess.run(
+                check.command, stdout=out, stderr=err, timeout=check.timeout, env=_environment(check)
+            ).returncode
         except subprocess.TimeoutExpired:
             return ended("error", f"stopped after {check.timeout:g} s")
         except OSError as error:
@@ -132,6 +137,15 @@ def run_child(check: Check) -> Outcome:
     if code:
         return ended("error", f"said passed, but its exit code is {code}: {tail}", details)
     return ended("passed", "", details)
+
+
+def _environment(check: Check) -> dict[str, str]:
+    chosen = (
+        {}
+        if check.gpu is None
+        else {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": str(check.gpu)}
+    )
+    return {**os.environ, **chosen}
 
 
 def exit_code(outcomes: Sequence[Outcome]) -> int:
@@ -192,7 +206,8 @@ def markdown(machine: Machine, outcomes: Sequence[Outcome]) -> str:
     skipped = [o for o in outcomes if o.status == "skipped"]
     if skipped:
         lines += ["", "## Skipped: nothing is shown for these", ""]
-        lines += [f"- {o.name}: {o.reason}" for o in skipped]
+        for reason in dict.fromkeys(o.reason for o in skipped):
+            lines.append(f"- {reason}: {', '.join(o.name for o in skipped if o.reason == reason)}")
     return "\n".join(lines) + "\n"
 
 

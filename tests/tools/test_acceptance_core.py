@@ -62,7 +62,9 @@ def test_what_is_missing_is_told_for_each_check_and_nothing_is_started(tmp_path:
     assert exit_code(found) == EXIT_SKIPPED
     text = markdown(BARE, found)
     assert "0 passed, 0 failed, 0 error, 2 skipped" in text
-    assert "## Skipped: nothing is shown for these\n\n- a: no NVIDIA driver; pip install it\n- b: " in text
+    assert (
+        "## Skipped: nothing is shown for these\n\n- no NVIDIA driver; pip install it: a\n- no NVIDIA" in text
+    )
 
 
 def test_a_gpu_of_another_sm_is_no_proof() -> None:
@@ -106,6 +108,11 @@ def test_a_check_that_breaks_is_no_pass_and_stops_no_other(code: str, status: st
 def test_a_check_that_hangs_is_stopped() -> None:
     found = run_child(check("a", "import time; time.sleep(60)", timeout=0.5))
     assert found.status == "error" and found.reason == "stopped after 0.5 s"
+
+
+def test_a_check_sees_its_own_gpu_only() -> None:
+    code = "import json, os; print(json.dumps({'passed': os.environ['CUDA_VISIBLE_DEVICES'] == '2'}))"
+    assert run_child(check("a", code, gpu=2)).status == "passed"
 
 
 def test_a_program_that_is_not_there() -> None:
