@@ -8,6 +8,7 @@ has none.
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorrt as trt
@@ -16,7 +17,7 @@ from cuda.bindings import runtime as cuda
 FORBIDDEN = ("moe_export", "moe_export_plugins", "triton", "torch", "onnx")
 
 
-def call(name, *arguments):
+def call(name: str, *arguments: Any) -> Any:
     error, *values = getattr(cuda, name)(*arguments)
     if int(error):
         sys.exit(f"{name} failed with {error.name}")
@@ -33,7 +34,7 @@ def main(folder: Path) -> None:
         sys.exit("TensorRT cannot read the plan in a bare process")
     context = engine.create_execution_context()
     kind = cuda.cudaMemcpyKind
-    out, out_name = None, ""
+    out_name = ""
     for index in range(engine.num_io_tensors):
         name = engine.get_tensor_name(index)
         if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:

@@ -226,4 +226,4 @@ def test_the_bare_process_imports_nothing_of_moe_export() -> None:
     tree = ast.parse((TOOLS / "acceptance_bare.py").read_text())
     roots = {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     roots |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    assert {r.split(".")[0] for r in roots} == {"sys", "pathlib", "numpy", "tensorrt", "cuda"}
+    assert {r.split(".")[0] for r in roots} == {"sys", "pathlib", "typing", "numpy", "tensorrt", "cuda"}
