@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,35 +17,48 @@ from moe_export.runtime.capacity import CapacityRunner, bucket_io, count_tokens,
 from moe_export.runtime.inputs import check_sequence
 from moe_export.runtime.stepping import LOGITS, Stepper
 from moe_export.runtime.tensors import numpy_dtype
-from moe_export.schema import Limits, TensorSpec
+from moe_export.schema import Limits, Manifest, TensorSpec
 from moe_export.trace import LayerTrace, TracedRun
 
 Array = NDArray[Any]
 Ints = NDArray[np.int64]
 
 
-class GpuEngine:
+class Runner(Protocol):
+    """What runs a plan: :class:`~moe_export.backends.trt.runner.PlanRunner`."""
+
+    def to_device(self, name: str, array: Any) -> DeviceArray: ...
+
+    def to_host(self, array: DeviceArray) -> Array: ...
+
+    def run(self, inputs: Mapping[str, DeviceArray]) -> dict[str, DeviceArray]: ...
+
+
+def open_gpu_engine(bundle: Bundle) -> GpuEngine:
     """The plan of a bundle that fits the GPU here.
 
-    ``reruns``: how often a run was repeated with more room per expert, because more tokens chose one than
-    fitted.
+    Raises:
+        EnvironmentLacksError: no GPU, driver or library that runs it. BundleError: no plan, or one of another
+        version.
+    """
+    engine = usable_engine(bundle.manifest, str(bundle.path))
+    io = bundle.manifest.io
+    dtypes = {spec.name: numpy_dtype(spec.dtype) for spec in (*io.inputs, *io.outputs)}
+    return GpuEngine(bundle.manifest, PlanRunner(bundle.path / engine.file, engine, io, dtypes))
+
+
+class GpuEngine:
+    """Runs a plan, with buckets as large as its tokens need.
+
+    ``capacities``: how large the experts' buckets were, and how often a run was done again with larger ones.
     """
 
     shared_cache = False
     rows_apart = False
 
-    def __init__(self, bundle: Bundle) -> None:
-        """
-        Raises:
-            EnvironmentLacksError: no GPU, driver or library that runs it. BundleError: no plan, or one of
-            another
-            version.
-        """
-        manifest = bundle.manifest
-        engine = usable_engine(manifest, str(bundle.path))
+    def __init__(self, manifest: Manifest, runner: Runner) -> None:
         io = manifest.io
-        dtypes = {spec.name: numpy_dtype(spec.dtype) for spec in (*io.inputs, *io.outputs)}
-        self._runner = PlanRunner(bundle.path / engine.file, engine, io, dtypes)
+        self._runner = runner
         self._io = io
         self._buckets = bucket_io(io)
         limits = manifest.limits
@@ -80,7 +93,7 @@ class GpuEngine:
 
     def take(self, array: DeviceArray) -> Array:
         """A copy in main memory."""
-        return self._runner.stream.to_host(array)
+        return self._runner.to_host(array)
 
     def zeros(self, spec: TensorSpec, sizes: Mapping[str, int]) -> DeviceArray:
         """A cache input of zeros; free dimensions by name."""
@@ -90,8 +103,7 @@ class GpuEngine:
 
 class GpuStepper(Stepper):
     """Feeds only the new tokens; past keys and values stay on the GPU, and the outputs of one step are the
-    inputs of
-    the next."""
+    inputs of the next."""
 
     def __init__(self, engine: GpuEngine, inputs: Sequence[TensorSpec], limits: Limits, batch: int) -> None:
         self._engine = engine

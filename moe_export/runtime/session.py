@@ -21,7 +21,7 @@ from moe_export.runtime.capacity import own_io
 from moe_export.runtime.engine import Engine, check_declared
 from moe_export.runtime.generation import Generation, Request, StreamEvent
 from moe_export.runtime.generator import Generator
-from moe_export.runtime.gpu import GpuEngine, NoTraces
+from moe_export.runtime.gpu import GpuEngine, NoTraces, open_gpu_engine
 from moe_export.runtime.inputs import InputChecker
 from moe_export.runtime.plugin import missing_plugin_note, runs_with_plugin
 from moe_export.runtime.prompts import Prompt
@@ -85,7 +85,7 @@ class Session:
         self._checker = InputChecker(own_io(manifest.io), manifest.limits, vocabulary)
         self._engines: tuple[Engine | GpuEngine, TracedEngines | NoTraces] | None
         if manifest.target in GPU_TARGETS:
-            self._engines = GpuEngine(bundle), NoTraces()
+            self._engines = open_gpu_engine(bundle), NoTraces()
         else:
             self._engines = _cpu_engines(bundle, threads)
         self.notes: tuple[str, ...] = tuple(self._find_notes())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -113,7 +114,9 @@ class TensorRtBackend(Backend):
         limits = Limits(options["max_batch"], options["max_sequence"])
         profiles = make_profiles(context.io, limits, split=self._needs_gpu)
         write_onnx(context, folder)
-        plugins = write_plugin_kernels(context, folder, sms)
+        # Standard TensorRT takes the kernels into the plan; RTX has no such plugins.
+        usual = math.prod(next(iter(profiles[-1].shapes.values()))[1])
+        plugins = write_plugin_kernels(context, folder, sms, usual if self._needs_gpu else None)
         recipe = self._recipe(context, sms, profiles) | plugins
         lacks = self._lacks(sms)
         if not lacks:

@@ -121,8 +121,7 @@ def build(recipe: dict[str, Any], folder: Path, trt: Any, sms: list[int]) -> lis
         CannotBuild: TensorRT refuses the model or cannot build it; its last words.
     """
     logger = make_logger(trt)
-    for module in recipe.get("plugins", []):
-        _load_plugins(module, folder, folder / recipe["kernels"], trt)
+    loaded = [_load_plugins(m, folder, folder / recipe["kernels"], trt) for m in recipe.get("plugins", [])]
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
@@ -146,7 +145,9 @@ def build(recipe: dict[str, Any], folder: Path, trt: Any, sms: list[int]) -> lis
                 break
             print(f"no plan for SM{sm} with {len(profiles)} profile(s): {logger.last_words()}", flush=True)
         if plan is None:
-            raise CannotBuild(f"no plan for SM{sm}: {logger.last_words()}")
+            # Of a plugin that refuses, TensorRT itself only says that it failed.
+            refused = [text for module in loaded for text in getattr(module, "problems", tuple)()]
+            raise CannotBuild(f"no plan for SM{sm}: {'; '.join(refused) or logger.last_words()}")
         name = recipe["plans"][str(sm)]
         partial = folder / f".{name}.partial"
         partial.write_bytes(memoryview(plan))
@@ -244,11 +245,11 @@ def _check_io(recipe: dict[str, Any], network: Any) -> None:
             )
 
 
-def _load_plugins(module: str, folder: Path, kernels: Path, trt: Any) -> None:
+def _load_plugins(module: str, folder: Path, kernels: Path, trt: Any) -> Any:
     """Import what registers plugins (a file of the bundle, or an installed module) and let it.
 
     Raises:
-        CannotBuild: it is not installed.
+        CannotBuild: it is not installed, or refuses this machine.
     """
     if module.endswith(".py"):
         spec = importlib.util.spec_from_file_location(Path(module).stem, folder / module)
@@ -262,7 +263,11 @@ def _load_plugins(module: str, folder: Path, kernels: Path, trt: Any) -> None:
             raise CannotBuild(
                 f"the plugin {module} cannot be imported ({error}); pip install moe-export"
             ) from error
-    loaded.register(trt, kernels)
+    try:
+        loaded.register(trt, kernels)
+    except Exception as error:  # its own refusals; their class lies in a package this file does not import
+        raise CannotBuild(f"the plugin {module} cannot be registered: {error}") from error
+    return loaded
 
 
 def finish_manifest(folder: Path, recipe: dict[str, Any], engines: list[dict[str, Any]]) -> None:

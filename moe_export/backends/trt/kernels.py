@@ -12,12 +12,14 @@ from moe_export.ops import DOMAIN
 from moe_export.passes.base import PassContext
 from moe_export.schema import Decision
 
-from ..base import LayerSize
+from ..base import MODEL_FILE, LayerSize
 
 FOLDER = "kernels"
 """Of a bundle: the compiled kernels."""
 MODULE = "moe_export_plugins.gpu.ipluginv3"
 """Registers the plugin with TensorRT; what a recipe names."""
+AHEAD_OF_TIME = "moe_export_plugins.gpu.aot_graph"
+"""The same for the plugin whose kernels become part of the plan, which standard TensorRT has."""
 
 
 def check_plugin_sizes(layer: LayerSize, dtype: str) -> None:
@@ -38,10 +40,14 @@ def check_plugin_sizes(layer: LayerSize, dtype: str) -> None:
         ) from error
 
 
-def write_plugin_kernels(context: PassContext, folder: Path, sms: tuple[int, ...]) -> dict[str, Any]:
+def write_plugin_kernels(
+    context: PassContext, folder: Path, sms: tuple[int, ...], tokens: int | None = None
+) -> dict[str, Any]:
     """Compile the kernels of the model's plugin nodes into the bundle, for every SM; returns what the
-    recipe says of
-    plugins. Empty where no layer is one.
+    recipe says of plugins. Empty where no layer is one.
+
+    ``tokens``: the usual number of tokens of a run, for plans that take the kernels in; such a plan is built of a
+    second model file beside ``model.onnx``. None: the plugin launches the bundle's kernels.
 
     Raises:
         UsageError, ExportError, EnvironmentLacksError: a kernel cannot be compiled.
@@ -67,4 +73,9 @@ def write_plugin_kernels(context: PassContext, folder: Path, sms: tuple[int, ...
             f"{', '.join(f'SM{n}' for n in sms)}; not run on a GPU",
         )
     )
-    return {"plugins": [MODULE], "kernels": FOLDER}
+    if tokens is None:
+        return {"plugins": [MODULE], "kernels": FOLDER}
+    from moe_export_plugins.gpu import aot_graph
+
+    aot_graph.write_aot_model(folder / MODEL_FILE, folder / aot_graph.MODEL_FILE, top_ks, tokens)
+    return {"plugins": [AHEAD_OF_TIME], "kernels": FOLDER, "model": aot_graph.MODEL_FILE}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moe_export.errors import BundleError, InputError
 from moe_export.schema import EngineFile, ModelIO
@@ -55,6 +56,10 @@ class PlanRunner:
     def to_device(self, name: str, array: Any) -> DeviceArray:
         """An input's value on the GPU, in the dtype that the plan reads."""
         return self.stream.to_device(np.asarray(array, self._dtypes[name]))
+
+    def to_host(self, array: DeviceArray) -> NDArray[Any]:
+        """A copy in main memory."""
+        return self.stream.to_host(array)
 
     def run(self, inputs: Mapping[str, DeviceArray]) -> dict[str, DeviceArray]:
         """All outputs, on the GPU; they are complete when this returns.
