@@ -136,3 +136,17 @@ def test_gathered_matrices_are_not_copied(tmp_path: Path) -> None:
     gathered = 8 * 8 * (256 * 256 + 256 * 128) * 2
     assert engine.activation_bytes < gathered / 10
     assert np.isfinite(engine.build_seconds)
+
+
+def test_ops_one_by_one_build(tmp_path: Path) -> None:
+    """A layer whose activation is none that moe-export knows."""
+    import onnx_ir as ir
+
+    from tests.passes.test_fuse_experts import OTHER
+    from tests.passes.test_native_experts import lowered
+
+    made = lowered(OTHER["a leak"])
+    assert made.decisions[-1].choice == "native: op by op"
+    sizes = {"tokens": (1, 8, 64), "capacity": (1, 16, 64)}
+    (engine,) = build(ir.to_proto(made.model), tmp_path, (89,), sizes)
+    assert engine.sm == 89
