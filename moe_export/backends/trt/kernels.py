@@ -46,8 +46,8 @@ def write_plugin_kernels(
     """Compile the kernels of the model's plugin nodes into the bundle, for every SM; returns what the
     recipe says of plugins. Empty where no layer is one.
 
-    ``tokens``: the usual number of tokens of a run, for plans that take the kernels in; such a plan is built of a
-    second model file beside ``model.onnx``. None: the plugin launches the bundle's kernels.
+    ``tokens``: the usual number of tokens of a run, for plans that take the kernels in; such a plan is built
+    of a second model file beside ``model.onnx``. None: the plugin launches the bundle's kernels.
 
     Raises:
         UsageError, ExportError, EnvironmentLacksError: a kernel cannot be compiled.
