@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from moe_layer import Array, Layer, Shape, save_model
+from moe_layer import Array, Layer, Shape
+from moe_layer_models import save_model
 
 from moe_export.backends.onnxruntime.plugin import cpu_plugin_path, cpu_plugin_problem
 from moe_export.bench.machine import usable_cores

@@ -1,150 +1,157 @@
 """Times one MoE layer on this CPU: the plugin against everything else that computes it.
 
     python tools/bench_moe_layer.py --shape A --tokens 1,64 --rounds 5 --json FILE
+    python tools/bench_moe_layer.py --topic threads          (a table for docs/cpu-plugin.md)
 
 All contestants live in one process, get the same weights and inputs, and take turns within each round, so
-that what disturbs the machine disturbs all of them alike: read the ratios. A turn in which other processes
-took cores away is tried again. A contestant's time counts only when its output agrees with the float64
-reference. Every round also measures how fast this machine reads memory and multiplies large float32 matrices;
-the table says how much of that the plugin reaches.
+that what disturbs the machine disturbs all of them alike: read the ratios. Several dtypes, numbers of threads
+and routings take turns in the same rounds, too. A turn in which other processes took cores away is tried
+again. A contestant's time counts only when its output agrees with the float64 reference, within the limits of
+its dtype (moe_layer_contestants.py, TOLERANCES); one that cannot run, fails or is wrong is left out with a
+line, and the last two make the exit code 1. Every round also measures how fast this machine reads memory and
+multiplies large float32 matrices; the tables say how much of that each contestant reaches.
 
 The JSON is a list of rows: shape, tokens, routing, contestant, dtype, threads, median_ms, low_ms, high_ms
-(quartiles over the rounds), ratio_to_best_other: the median of the best other contestant over this one's
-(above 1: faster than all others; the plugin's two weight layouts do not count as each other's others), and
-foreign_cores: how many cores other processes used meanwhile.
+(quartiles over the rounds), ratio_to_best_other: the median of the best other contestant of the same dtype,
+threads and routing over this one's (above 1: faster than all others; the plugin's two weight layouts do not
+count as each other's others), ratio_to_eager: transformers' eager time over this one's (quantised ones:
+against float32), bandwidth and sgemm: shares of what the machine did meanwhile, and foreign_cores: how many
+cores other processes used.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
-import resource
-import statistics
+import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from moe_layer import SHAPES, Inputs, Layer
-from moe_layer_contestants import ALL, Contestants, LeftOut, Run, as_array, is_plugin
+from moe_layer import DTYPES, SHAPES, Inputs, Layer, LeftOut, Run
+from moe_layer_contestants import ALL, FLOAT, QUANTIZED, Contestants, problem
+from moe_layer_peaks import Peaks, own_load, turn_seconds, wait_for_quiet
+from moe_layer_report import Entry, Row, make_rows, markdown, print_table
 
-from moe_export.bench.machine import NOISY_CORES, LoadMeter, usable_cores
+from moe_export.bench.machine import usable_cores
 
 ROUTINGS = ("uniform", "zipf", "one-hot")
-DTYPES = ("float32", "bfloat16")
-TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
-"""Largest error over max(1, largest value of the reference)."""
-MIN_SECONDS = 0.02
-"""A contestant's turn lasts at least this long, after one call that does not count."""
-PAUSE_SECONDS = 0.1
-"""Between turns: the threads of the last contestant spin for a while before they sleep."""
-QUIET_SWITCHES = 60.0
-"""Involuntary context switches per second up to which a turn counts as undisturbed."""
-TRIES = 10
 SLOW_SECONDS = 20.0
 """A contestant whose second call takes longer is left out."""
-READ_BYTES = 512 * 2**20
-SGEMM_SIZE = 1536
+_PLUGIN = "plugin-packed,plugin-unpacked"
+TOPICS = {
+    "float32": "--shape A,B --tokens 1,8,64,512,2048 --rounds 5",
+    "mixtral": "--shape C --tokens 1,8,64,512 --rounds 3",
+    "quantized": "--shape A,B --tokens 1,8,64,512 --rounds 7 --contestants eager,plugin-packed,"
+    + ",".join(QUANTIZED),
+    "bfloat16": "--shape A,B --tokens 1,8,64,512 --rounds 7 --dtypes float32,bfloat16 "
+    f"--contestants {_PLUGIN}",
+    "threads": f"--shape A,B --tokens 1,8,64,512 --rounds 7 --threads 1,2 --contestants {_PLUGIN}",
+    "skew": "--shape A --tokens 64,512 --rounds 7 --routing uniform,zipf,one-hot "
+    f"--contestants eager,grouped_mm,onnxruntime-moe,{_PLUGIN}",
+}
+"""What a table of docs/cpu-plugin.md is measured with."""
 
 
-@dataclass(frozen=True)
-class Row:
-    shape: str
-    tokens: int
-    routing: str
-    contestant: str
-    dtype: str
-    threads: int
-    median_ms: float
-    low_ms: float
-    high_ms: float
-    ratio_to_best_other: float | None
-    foreign_cores: float | None
+class Failure(Exception):
+    """A contestant that should have taken part: it failed, or its result is wrong."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
-    import torch
-
-    torch.set_num_threads(options.threads)
-    peaks = Peaks()
+    peaks = Peaks(max(options.threads), options.tries)
     rows: list[Row] = []
+    failures = 0
     for name in options.shape:
-        dtype = options.dtype or ("bfloat16" if name == "C" else "float32")
-        print(f"shape {name}: {SHAPES[name]}, {dtype}, {options.threads} threads", flush=True)
-        layer = Layer(SHAPES[name], dtype)
+        dtypes = options.dtypes or (["bfloat16"] if name == "C" else ["float32"])
+        print(f"shape {name}: {SHAPES[name]}, {', '.join(dtypes)}", flush=True)
         with tempfile.TemporaryDirectory(prefix="moe_layer_", dir=options.folder) as folder:
-            contestants = Contestants(layer, options.threads, Path(folder))
-            for routing in options.routing:
-                for tokens in options.tokens:
-                    rows += measure(layer, contestants, tokens, routing, options, peaks)
+            layers = {}
+            for dtype in dtypes:
+                layer = Layer(SHAPES[name], dtype)
+                place = Path(folder) / dtype
+                place.mkdir()
+                layers[dtype] = (layer, Contestants(layer, place, options.ggml))
+            for tokens in options.tokens:
+                found, failed = measure(layers, tokens, options, peaks)
+                rows += found
+                failures += failed
+            del layer, layers
+            gc.collect()
+    if options.markdown:
+        print("\n" + markdown(rows))
     if options.json:
         Path(options.json).write_text(
             json.dumps([asdict(r) for r in rows], indent=1) + "\n", encoding="utf-8"
         )
-    return 0
+    return 1 if failures else 0
 
 
 def measure(
-    layer: Layer,
-    contestants: Contestants,
-    tokens: int,
-    routing: str,
-    options: argparse.Namespace,
-    peaks: Peaks,
-) -> list[Row]:
-    """One table: every contestant at one number of tokens and one routing."""
-    inputs = layer.inputs(tokens, routing)
-    names = [*options.contestants, *(["dense"] if routing == "one-hot" else [])]
-    print(f"\nshape {layer.shape.name}, {tokens} tokens, {routing} routing, {inputs.active} experts active")
-    runs: dict[str, Run] = {}
-    for name in names:
-        try:
-            runs[name] = _checked(name, contestants.make(name, inputs), inputs, layer.dtype)
-        except LeftOut as reason:
-            print(f"  {name}: left out: {reason}", flush=True)
-    samples: dict[str, list[float]] = {name: [] for name in runs}
+    layers: Mapping[str, tuple[Layer, Contestants]], tokens: int, options: argparse.Namespace, peaks: Peaks
+) -> tuple[list[Row], int]:
+    """One table: every entry at one number of tokens. Also how many contestants failed."""
+    shape = next(iter(layers.values()))[0].shape
+    runs: dict[Entry, Run] = {}
+    inputs: dict[str, Inputs] = {}
+    failures = 0
+    for dtype, (layer, contestants) in layers.items():
+        for routing in options.routing:
+            given = layer.inputs(tokens, routing)
+            inputs[routing] = given
+            print(f"\nshape {shape.name}, {tokens} tokens, {routing}, {dtype}: {given.active} experts active")
+            names = [*options.contestants, *(["dense"] if routing == "one-hot" else [])]
+            for entry in [Entry(n, dtype, t, routing) for t in options.threads for n in names]:
+                try:
+                    runs[entry] = checked(entry, contestants, given)
+                except LeftOut as reason:
+                    print(f"  {entry.contestant}, {entry.threads} threads: left out: {reason}", flush=True)
+                except Failure as reason:
+                    failures += 1
+                    print(f"  {entry.contestant}, {entry.threads} threads: FAILED: {reason}", flush=True)
+                else:
+                    if entry.contestant == "openvino":
+                        print(f"  openvino, {entry.threads} threads: {contestants.openvino.note}", flush=True)
+    samples: dict[Entry, list[float]] = {entry: [] for entry in runs}
     order = list(runs)
-    _wait_for_quiet(options.wait)
-    meter = LoadMeter(lambda: [os.getpid()])
+    wait_for_quiet(options.wait)
+    meter = own_load()
     peaks.begin()
     for turn in range(options.rounds):
         peaks.measure()
-        for name in order[turn % max(len(order), 1) :] + order[: turn % max(len(order), 1)]:
-            samples[name].append(_turn(runs[name], meter))
-    rows = _rows(samples, layer, tokens, routing, options.threads, meter.foreign_cores)
-    _print_table(rows, layer, inputs, peaks)
-    return rows
+        first = turn * 5 % max(len(order), 1)
+        for entry in order[first:] + order[:first]:
+            _set_threads(entry.threads)
+            samples[entry].append(turn_seconds(runs[entry], options.tries, meter))
+    machine = peaks.snapshot()
+    rows = make_rows(samples, shape, inputs, machine, meter.foreign_cores)
+    print_table(rows, machine)
+    return rows, failures
 
 
-def _wait_for_quiet(limit: float) -> None:
-    """Return when other processes have left the cores alone for a moment, or after ``limit`` seconds."""
-    deadline = time.monotonic() + limit
-    while time.monotonic() < deadline:
-        meter = LoadMeter(lambda: [os.getpid()])
-        window = meter.start()
-        time.sleep(1.0)
-        meter.stop(window)
-        if (meter.foreign_cores or 0.0) < NOISY_CORES / 2:
-            return
-
-
-def _checked(name: str, run: Run, inputs: Inputs, dtype: str) -> Run:
-    """The contestant, after one call whose result was compared with the reference.
+def checked(entry: Entry, contestants: Contestants, inputs: Inputs) -> Run:
+    """The contestant, after a call whose result was compared with the reference.
 
     Raises:
-        LeftOut: too slow. SystemExit: a wrong result, which must not have a time.
+        LeftOut: it cannot take part, or is too slow. Failure: it failed, or its result is wrong.
     """
-    got = as_array(run())[inputs.checked]
-    limit = TOLERANCE[dtype] * max(1.0, float(np.abs(inputs.expected).max()))
-    error = float(np.abs(got - inputs.expected).max())
-    if not error <= limit:
-        raise SystemExit(f"{name}: wrong result, largest error {error:.3g}, allowed {limit:.3g}")
+    _set_threads(entry.threads)
+    try:
+        run = contestants.make(entry.contestant, inputs, entry.threads)
+        result = run()
+    except LeftOut:
+        raise
+    except Exception as error:  # foreign software, any kind of error: the others go on without it
+        text = " ".join(str(error).split())
+        raise Failure(f"{type(error).__name__}: {text[:300]}") from error
+    if wrong := problem(result, inputs, entry.dtype):
+        raise Failure(f"wrong result: {wrong}")
     begin = time.perf_counter()
     run()
     seconds = time.perf_counter() - begin
@@ -153,128 +160,12 @@ def _checked(name: str, run: Run, inputs: Inputs, dtype: str) -> Run:
     return run
 
 
-def _turn(run: Run, meter: LoadMeter | None = None) -> float:
-    """Median seconds of the calls of one turn, of the first turn that other processes hardly disturbed.
+def _set_threads(threads: int) -> None:
+    """Of PyTorch; all others are made for a number of threads."""
+    import torch
 
-    Where none of :data:`TRIES` turns was quiet, the least disturbed one. ``meter`` watches the turns.
-    """
-    best = (float("inf"), float("inf"))
-    time.sleep(PAUSE_SECONDS)
-    window = meter.start() if meter is not None else None
-    for _ in range(TRIES):
-        run()
-        times: list[float] = []
-        before = _switches()
-        while sum(times) < MIN_SECONDS:
-            begin = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - begin)
-        best = min(best, ((_switches() - before) / sum(times), statistics.median(times)))
-        if best[0] <= QUIET_SWITCHES:
-            break
-    if meter is not None:
-        meter.stop(window)
-    return best[1]
-
-
-def _switches() -> int:
-    """How often the system took a core away from this process's threads."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
-
-
-class Peaks:
-    """How fast this machine reads memory (GB/s) and multiplies float32 matrices (GFLOP/s), with all threads.
-
-    Reading: torch's sum over an array far larger than the caches. Multiplying: the better of torch's (MKL or
-    oneDNN) and NumPy's (OpenBLAS) product of large square matrices.
-    """
-
-    def __init__(self) -> None:
-        import torch
-
-        self._data = torch.ones(READ_BYTES // 4)
-        a = torch.randn(SGEMM_SIZE, SGEMM_SIZE)
-        self._products = [lambda: torch.mm(a, a), lambda: np.matmul(a.numpy(), a.numpy())]
-        self.begin()
-
-    def begin(self) -> None:
-        self._reads: list[float] = []
-        self._multiplies: list[list[float]] = [[] for _ in self._products]
-
-    def measure(self) -> None:
-        self._reads.append(READ_BYTES / _turn(self._data.sum) / 1e9)
-        for product, rates in zip(self._products, self._multiplies, strict=True):
-            rates.append(2 * SGEMM_SIZE**3 / _turn(product) / 1e9)
-
-    @property
-    def read(self) -> float:
-        return statistics.median(self._reads)
-
-    @property
-    def sgemm(self) -> float:
-        return max(statistics.median(rates) for rates in self._multiplies)
-
-
-def _rows(
-    samples: dict[str, list[float]],
-    layer: Layer,
-    tokens: int,
-    routing: str,
-    threads: int,
-    foreign_cores: float | None,
-) -> list[Row]:
-    median = {name: statistics.median(times) for name, times in samples.items()}
-    rows = []
-    for name, times in samples.items():
-        others = [
-            value
-            for other, value in median.items()
-            if other not in (name, "dense") and not (is_plugin(name) and is_plugin(other))
-        ]
-        low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else (times[0],) * 3
-        rows.append(
-            Row(
-                layer.shape.name,
-                tokens,
-                routing,
-                name,
-                layer.dtype,
-                threads,
-                round(median[name] * 1e3, 4),
-                round(low * 1e3, 4),
-                round(high * 1e3, 4),
-                round(min(others) / median[name], 3) if others else None,
-                foreign_cores,
-            )
-        )
-    return rows
-
-
-def _print_table(rows: list[Row], layer: Layer, inputs: Inputs, peaks: Peaks) -> None:
-    nbytes = inputs.active * layer.shape.expert_bytes(layer.itemsize)
-    flops = layer.shape.flops(inputs.ids.size)
-    titles = f"{'median ms':>10}{'quartiles':>19}{'vs best other':>15}{'GB/s':>8}{'GFLOP/s':>9}"
-    print(f"  {'contestant':<18}{titles}")
-    for row in sorted(rows, key=lambda r: r.median_ms):
-        ratio = "" if row.ratio_to_best_other is None else f"{row.ratio_to_best_other:.2f}"
-        seconds = row.median_ms / 1e3
-        spread = f"{row.low_ms:.2f} - {row.high_ms:.2f}"
-        print(
-            f"  {row.contestant:<18}{row.median_ms:>10.3f}{spread:>19}{ratio:>15}"
-            f"{nbytes / seconds / 1e9:>8.1f}{flops / seconds / 1e9:>9.1f}"
-        )
-    print(f"  this machine meanwhile: reads {peaks.read:.1f} GB/s, SGEMM {peaks.sgemm:.0f} GFLOP/s")
-    if rows and rows[0].foreign_cores is not None:
-        noisy = ": too much, repeat this" if rows[0].foreign_cores > NOISY_CORES else ""
-        print(f"  other processes used {rows[0].foreign_cores:.2f} cores{noisy}")
-    for row in rows:
-        if is_plugin(row.contestant):
-            seconds = row.median_ms / 1e3
-            print(
-                f"  {row.contestant} reaches {nbytes / seconds / 1e9 / peaks.read:.0%} of the bandwidth, "
-                f"{flops / seconds / 1e9 / peaks.sgemm:.0%} of SGEMM"
-            )
-    sys.stdout.flush()
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -282,7 +173,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
-    def several(choices: Sequence[str]) -> Any:
+    def several(choices: Sequence[str]) -> Callable[[str], list[str]]:
         def split(text: str) -> list[str]:
             values = text.split(",")
             for value in values:
@@ -298,19 +189,30 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             raise argparse.ArgumentTypeError("expected positive numbers")
         return values
 
-    parser.add_argument("--shape", type=several(list(SHAPES)), default=["A"], help=f"of {', '.join(SHAPES)}")
-    parser.add_argument("--tokens", type=numbers, default=[1, 8, 64, 512, 2048])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--routing", type=several(ROUTINGS), default=["uniform"])
-    parser.add_argument("--dtype", choices=DTYPES, help="default: float32, bfloat16 for shape C")
-    parser.add_argument("--contestants", type=several(ALL), default=list(ALL))
-    parser.add_argument("--threads", type=int, default=usable_cores())
-    parser.add_argument("--wait", type=float, default=0.0, help="seconds to wait for a quiet machine at most")
-    parser.add_argument("--json", help="write the rows to this file")
-    parser.add_argument("--folder", default=os.environ.get("TMPDIR"), help="for the ONNX models")
-    options = parser.parse_args(arguments)
-    if options.rounds < 1 or options.threads < 1:
-        parser.error("--rounds and --threads: expected 1 or more")
+    def add(name: str, **settings: Any) -> None:
+        parser.add_argument(name, **settings)
+
+    add("--topic", choices=tuple(TOPICS), help="the options of a table of docs/cpu-plugin.md, and --markdown")
+    add("--shape", type=several(list(SHAPES)), default=["A"], help=f"of {', '.join(SHAPES)}")
+    add("--tokens", type=numbers, default=[1, 8, 64, 512, 2048])
+    add("--rounds", type=int, default=9)
+    add("--routing", type=several(ROUTINGS), default=["uniform"], help=f"of {', '.join(ROUTINGS)}")
+    add("--dtypes", type=several(DTYPES), help="default: float32, bfloat16 for shape C")
+    add("--contestants", type=several(ALL), default=list(FLOAT), help="default: all that are not quantised")
+    add("--threads", type=numbers, default=[usable_cores()])
+    add("--wait", type=float, default=0.0, help="seconds to wait for a quiet machine at most")
+    add("--tries", type=int, default=10, help="how often a disturbed turn is taken at most")
+    add("--ggml", metavar="FOLDER", help="where libggml-base and libggml-cpu lie (or MOE_EXPORT_GGML)")
+    add("--markdown", action="store_true", help="print one Markdown table at the end")
+    add("--json", help="write the rows to this file")
+    add("--folder", default=os.environ.get("TMPDIR"), help="for the ONNX models")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_args(given)
+    if options.topic:
+        # What is given besides wins.
+        options = parser.parse_args([*shlex.split(TOPICS[options.topic]), "--markdown", *given])
+    if options.rounds < 1 or options.tries < 1:
+        parser.error("--rounds and --tries: expected 1 or more")
     return options
 
 
