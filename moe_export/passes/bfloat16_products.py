@@ -167,7 +167,7 @@ class BFloat16Products(Pass):
         for index, output in enumerate(graph.outputs):
             if output is result:
                 graph.outputs[index] = last
-        result.dtype, result.name = ir.DataType.BFLOAT16, self._name(result)
+        result.type, result.name = ir.TensorType(ir.DataType.BFLOAT16), self._name(result)
         if bias is not None:
             cast.outputs[0].name = self._name(result)
         last.name = name

@@ -116,7 +116,7 @@ def test_loading_without_a_gpu_is_refused_in_one_line(rtx: Path) -> None:
     ) as caught:
         moe_export.load(rtx)
     assert "\n" not in str(caught.value)
-    assert CliRunner().invoke(cli, ["run", str(rtx), "hello"]).exit_code == 3
+    assert CliRunner().invoke(cli, ["run", str(rtx), "--prompt", "hello"]).exit_code == 3
 
 
 def test_an_unchanged_build_is_a_cache_hit(model: torch.nn.Module, rtx: Path) -> None:
