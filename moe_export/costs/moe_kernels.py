@@ -16,12 +16,15 @@ from moe_export.costs.buckets import first_guess
 from moe_export.costs.gpus import GPUS, Gpu, find_gpu
 from moe_export.costs.roofline import Assumptions, Time, predict
 from moe_export.costs.routing import Popularity
-from moe_export.costs.tiles import KERNELS, TILES, Tile, tiles
+from moe_export.costs.tiles import GEMMS, KERNELS, TILES, Tile, tiles
 from moe_export.costs.work import Work
 from moe_export.errors import UsageError, choices_text
 
-CACHE_FACTOR = 2.5
+CACHE_FACTOR = {"HBM": 2.5, "GDDR": 5.0}
 """Bandwidth of the second-level cache over that of memory: no data sheet tells it, so an assumption."""
+FULL_ROWS = 64
+"""Rows of a tile that keep tensor cores busy; fewer reach their share of the peak. An assumption."""
+_GDDR_SMS = (75, 86, 89, 120, 121)
 SATURATING = 0.5
 """Share of the multiprocessors that can draw the whole bandwidth: an assumption."""
 LOWERINGS = ("plugin", "gather", "buckets", "dense", "trt_moe")
@@ -181,7 +184,7 @@ def kernel_work(kernel: str, shapes: MoeShapes, tile: Tile) -> KernelWork:
         cached = 2.0 * s.experts * m * 4 + blocks * (tile.rows + 1) * 4
         traffic = m * 4.0 + blocks * (tile.rows + 1) * 4
         return KernelWork(Work(12.0 * s.experts * m, 0, 0, traffic), cached, s.experts)
-    if kernel in ("gate_up", "down"):
+    if kernel in GEMMS:
         depth, out = (s.hidden, s.inner) if kernel == "gate_up" else (s.inner, s.hidden)
         wide = s.wide if kernel == "gate_up" else out
         blocks = expected_blocks(t, s.top_k, s.experts, tile.rows)
@@ -215,15 +218,17 @@ def predict_kernel(
     busy = found.blocks / (rounds * gpu.multiprocessors)
     drawing = min(1.0, found.blocks / (SATURATING * gpu.multiprocessors))
     bandwidth = gpu.bandwidth * given.memory * drawing
-    traffic = max(found.work.bytes / bandwidth, found.cached / (bandwidth * CACHE_FACTOR))
-    arithmetic = found.work.flops / (_peak(kernel, shapes.dtype, gpu) * given.compute * busy)
+    cache = bandwidth * CACHE_FACTOR["GDDR" if gpu.sm in _GDDR_SMS else "HBM"]
+    traffic = max(found.work.bytes / bandwidth, found.cached / cache)
+    reached = min(1.0, tile.rows / FULL_ROWS) if kernel in GEMMS else 1.0
+    arithmetic = found.work.flops / (_peak(kernel, shapes.dtype, gpu) * given.compute * busy * reached)
     if arithmetic > traffic:
         return Time(compute=arithmetic, overhead=given.kernel_s)
     return Time(memory=traffic, overhead=given.kernel_s)
 
 
 def _peak(kernel: str, dtype: str, gpu: Gpu) -> float:
-    if kernel not in ("gate_up", "down"):
+    if kernel not in GEMMS:
         return gpu.peak("float32")
     # float32: three TF32 products, each at half the speed of 16 bits.
     return gpu.peak("bfloat16") / (6.0 if dtype == "float32" else 1.0)

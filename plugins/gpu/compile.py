@@ -59,11 +59,18 @@ class Request:
         text = json.dumps(
             [
                 self.kernel, dict(self.constants), self.dtype, self.sm, self.tile.to_dict(), self.function,
-                _sources(), triton_version(),
+                self.arguments, _sources(), triton_version(),
             ],
             sort_keys=True,
         )  # fmt: skip
         return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def arguments(self) -> list[tuple[str, str]]:
+        """(name, dtype) of the kernel's arguments as the contract has them."""
+        rules = contract(self.kernel)
+        dtypes = {t.name: t.dtype_of(self.dtype, self.constants) for t in (*rules.inputs, *rules.outputs)}
+        return [(name, dtypes.get(name, "scalar")) for name, _ in rules.parameters(self.constants)]
 
     @property
     def entry(self) -> str:
@@ -184,7 +191,7 @@ def _sources() -> str:
     digest = hashlib.sha256()
     files = (
         *sorted((_HERE / "kernels").glob("*.py")),
-        *(_HERE / f for f in ("constexprs.py", "contract.py", "ptx.py", "sm.py")),
+        *(_HERE / f for f in ("constexprs.py", "ptx.py", "sm.py")),
     )
     for path in (*files, _HERE / "compile_worker.py"):
         digest.update(path.read_bytes())

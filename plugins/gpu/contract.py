@@ -43,6 +43,8 @@ MAX_SHARED_BYTES = 48 * 1024
 """Dynamic shared memory that a kernel may use without asking the driver for more."""
 
 MAX_EXPERTS = 1024
+MAX_MATRIX = 2**31
+"""Numbers in one expert's matrix must stay below: places inside of it are int32, experts apart int64."""
 MAX_ASSIGNMENTS = 2**30
 """M must stay below: the kernels number assignments and padded rows in int32."""
 
@@ -223,6 +225,11 @@ def _check_limits(name: str, c: Mapping[str, Any]) -> None:
             refuse(f"n_group is {c['n_group']}; expected a divisor of num_experts, {c['num_experts']}")
         if c["topk_group"] > c["n_group"]:
             refuse(f"topk_group is {c['topk_group']}; expected at most n_group, {c['n_group']}")
+    if "inner" in c and (1 + c.get("gated", 0)) * c["inner"] * c["hidden"] >= MAX_MATRIX:
+        refuse(
+            f"hidden {c['hidden']} x inner {c['inner']}; expected fewer than {MAX_MATRIX} numbers in the "
+            "matrix of one expert"
+        )
     if c.get("activation") == "clamped_swiglu" and not c["gated"]:
         refuse("activation clamped_swiglu needs gated 1")
 

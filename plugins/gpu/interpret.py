@@ -114,7 +114,7 @@ def _check(
                 f"GPU kernel {rules.name}: input {tensor.name} is {array.dtype.name} {list(array.shape)}; "
                 f"expected {kind} {list(shapes[tensor.name])}"
             )
-    return tokens
+    return int(tokens)
 
 
 class _Server:

@@ -183,6 +183,23 @@ def test_bfloat16_rounds_to_nearest_even_in_the_interpreter() -> None:
     assert result.astype(np.float64).tolist() == [[1.0, 1.0 + 2.0**-6]]
 
 
+@pytest.mark.parametrize("truncated", [False, True])
+def test_three_tf32_products_are_float32(truncated: bool) -> None:
+    """The interpreter multiplies float32 exactly; tensor cores get split numbers. The split, in numpy."""
+
+    def tf32(x: NDArray[np.float32]) -> NDArray[np.float32]:
+        bits = x.view(np.uint32)
+        half = np.uint32(0 if truncated else 1 << 12)
+        return ((bits + half) & np.uint32(0xFFFFE000)).view(np.float32)
+
+    a, b = normal(1, (32, 2048), "float32"), normal(2, (2048, 32), "float32")
+    a_high, b_high = tf32(a), tf32(b)
+    a_low, b_low = tf32(a - a_high), tf32(b - b_high)
+    wanted = a.astype(np.float64) @ b.astype(np.float64)
+    assert error(a_low @ b_high + a_high @ b_low + a_high @ b_high, wanted) < LIMITS["float32"]
+    assert error(a_high @ b_high, wanted) > 100 * LIMITS["float32"]  # one product is not enough
+
+
 def test_bad_inputs_are_named() -> None:
     rows, ids = normal(1, (4, 8), "float32"), random_ids(2, 6, 2)
     constants = {"num_experts": 6, "top_k": 2, "hidden": 8}

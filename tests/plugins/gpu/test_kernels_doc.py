@@ -1,0 +1,73 @@
+"""docs/gpu-kernels.md is what its generator writes now; tools/kernel_table.py prints and judges."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from moe_export_plugins.gpu.compile import compile_kernels
+from moe_export_plugins.gpu.contract import CONTRACTS
+from moe_export_plugins.gpu.matrix import requests, table_row
+from moe_export_plugins.gpu.sm import SMS
+
+ROOT = Path(__file__).resolve().parents[3]
+PAGE = ROOT / "docs" / "gpu-kernels.md"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_parts_that_need_no_compiler_are_fresh() -> None:
+    generator = load("generate_kernels_doc")
+    text = PAGE.read_text(encoding="utf-8")
+    assert text.startswith(generator.HEAD)
+    assert "\n".join(generator.predictions()) in text
+    for contract in CONTRACTS.values():
+        assert "\n".join(generator._convention(contract)) in text
+    assert "No kernel was run on a" in text and "*predicted*" in text
+
+
+def test_table_has_every_kernel_and_some_are_compiled_again() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    wanted = requests()
+    rows = [line for line in text.splitlines() if " sm_" in line]
+    assert len(rows) == len(wanted) and all(line.endswith("| - |") for line in rows)
+    few = [r for r in wanted if r.dtype == "bfloat16" and r.kernel == "down" and r.tile.rows == 64]
+    for kernel in compile_kernels([r for r in few if r.sm in ("sm_80", "sm_90a")]):
+        assert "| " + " | ".join(table_row(kernel)) + " |" in rows
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_whole_page_is_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = load("generate_kernels_doc")
+    monkeypatch.setattr("sys.argv", ["generate_kernels_doc.py", "--check"])
+    assert generator.main() == 0
+    page = generator.page(compile_kernels(requests()))
+    assert all(name in page for name in SMS)
+
+
+def test_table_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    tool = load("kernel_table")
+    monkeypatch.setattr(
+        tool, "requests", lambda **given: [r for r in requests(**given) if r.kernel == "combine"]
+    )
+    assert tool.main(["--sm", "80", "--dtype", "float16", "--few", "--json"]) == 0
+    printed = capsys.readouterr()
+    rows: list[dict[str, Any]] = json.loads(printed.out)
+    assert [(r["kernel"], r["SM"], r["problems"]) for r in rows] == [("combine", "sm_80", "-")]
+    assert "Not run on a GPU" in printed.err
+    monkeypatch.setattr(tool, "problems", lambda _kernel: ("broken",))
+    assert tool.main(["--sm", "80", "--dtype", "float16", "--few"]) == 1
+    assert "registers" in capsys.readouterr().out
+    assert tool.main(["--sm", "70"]) == 2
+    assert "no GPU kernels for SM '70'" in capsys.readouterr().err

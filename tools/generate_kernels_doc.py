@@ -1,0 +1,186 @@
+"""Writes docs/gpu-kernels.md from the kernels' contracts, the compiled kernels and the cost model:
+python tools/generate_kernels_doc.py [--check].
+
+No GPU is needed and none is used. Kernels that are not in the cache are compiled first, which takes minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from moe_export_plugins.gpu.compile import CompiledKernel, compile_kernels
+from moe_export_plugins.gpu.contract import (
+    CAPACITY_REFUSED,
+    CONTRACTS,
+    DERIVED,
+    MAX_EXPERTS,
+    KernelContract,
+    Tensor,
+)
+from moe_export_plugins.gpu.matrix import HEADERS, LAYER, requests, table_row
+
+from moe_export.costs import GPUS
+from moe_export.costs.moe_kernels import (
+    CACHE_FACTOR,
+    FULL_ROWS,
+    SATURATING,
+    MoeShapes,
+    choose_lowering,
+    predict_layer,
+)
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "gpu-kernels.md"
+LAYERS = {
+    "64 experts, 8 chosen, H 2048, I 1024": (64, 8, 2048, 1024),
+    "8 experts, 2 chosen, H 4096, I 14336 (Mixtral 8x7B)": (8, 2, 4096, 14336),
+    "256 experts, 8 chosen, H 7168, I 2048 (DeepSeek-V3)": (256, 8, 7168, 2048),
+}
+SHOWN = ("a100-80", "h100", "h200", "b200", "l4", "l40s", "rtx-4090", "rtx-5090")
+TOKENS = (1, 8, 512, 4096)
+
+_CAPACITY = CAPACITY_REFUSED.partition(": ")[2]
+_DERIVED = "\n".join(f"- {symbol} = `{text}`" for symbol, text in DERIVED.items())
+
+HEAD = f"""\
+# GPU kernels
+
+Written by `tools/generate_kernels_doc.py`; a test fails when it is stale. **No kernel was run on a
+GPU.** What is shown here: they compile for every SM and fulfil the checks below; under Triton's
+interpreter on the CPU they agree with the ops' float64 references. Speed is *predicted*, never measured.
+
+A MoE layer is five launches, each a Triton kernel in a file of its own (`plugins/gpu/kernels/`). They
+know nothing of TensorRT; its adapters stand beside them and do no arithmetic.
+
+- `python tools/kernel_table.py` compiles all of them, prints the table below and exits with 1 when a
+  kernel spills registers, takes more than 48 KiB of dynamic shared memory, lacks tensor-core
+  instructions in a matrix product, or has other parameters than its calling convention.
+- `pytest tests/plugins/gpu` compares each kernel with its op's reference, and the five in a row with
+  layers of Mixtral, DeepSeek-V3 and gpt-oss. Largest error allowed, of max |reference|: float32 1e-6,
+  float16 1e-3, bfloat16 6e-3. Expert ids are equal, except where the reference itself proves a tie.
+- Compiled kernels are kept in the user's cache folder (`MOE_EXPORT_KERNEL_CACHE` names another); the key
+  is everything they depend on.
+
+What the interpreter does not show: the order and precision in which tensor cores add, TF32, shared
+memory, and argument passing of a real launch. float32 products run as three TF32 products of split
+numbers (`tf32x3`).
+
+## Calling convention
+Arguments in this order: inputs (pointers), int32 scalars, outputs (pointers). Everything else is
+compiled in. One launch, 32 x warps threads per block. T tokens, E experts, K per token, H hidden, I
+inner, M = T*K; assignment t*K + k is token t's k-th choice. BM, BN: rows and columns of the tile. G: 1
+with a gate, else 0. From T alone:
+
+{_DERIVED}
+
+NB blocks of BM rows always suffice, whatever the routing. `inner` and `rows` lie in assignment order, so
+their shapes do not depend on BM. No grid is empty when T = 0. No atomics on floats: equal inputs give
+equal bits.
+
+Limits: E at most {MAX_EXPERTS}; M below 2^30; SM80 and later.
+
+A router with capacity is refused: {_CAPACITY}.
+"""
+
+
+def page(kernels: Sequence[CompiledKernel]) -> str:
+    """The whole page as Markdown."""
+    lines = [HEAD]
+    for contract in CONTRACTS.values():
+        lines += _convention(contract)
+    size = ", ".join(f"{name} {value}" for name, value in LAYER.items())
+    lines += [
+        "## Compiled kernels",
+        f"For a layer with {size}, by Triton {kernels[0].triton}. Occupancy: share of a multiprocessor's",
+        "warps that registers and shared memory allow, computed. HMMA: tensor cores up to SM89, of SM120,",
+        "and of small tiles elsewhere; HGMMA: Hopper's; UTCHMMA: Blackwell's.",
+        "",
+        *_table(HEADERS, [table_row(k) for k in kernels]),
+        "",
+        *predictions(),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _convention(contract: KernelContract) -> list[str]:
+    def tensor(t: Tensor, kind: str) -> tuple[str, ...]:
+        dtype = {"data": "float32, float16 or bfloat16", "bias": "`bias_dtype`"}.get(t.dtype, t.dtype)
+        when = f" (only if `{t.only_if}`)" if t.only_if else ""
+        return (kind, f"`{t.name}`{when}", f"[{', '.join(t.shape)}]", dtype, t.doc)
+
+    rows = [tensor(t, "input") for t in contract.inputs]
+    rows += [("scalar", f"`{s.name}`", "", "int32", s.doc) for s in contract.scalars]
+    rows += [tensor(t, "output") for t in contract.outputs]
+    return [
+        f"### `{contract.name}`",
+        f"{contract.summary[0].upper()}{contract.summary[1:]}.",
+        "",
+        *_table(("", "argument", "shape", "dtype", "meaning"), rows),
+        "",
+        f"Grid: {', '.join(f'`{g}`' for g in contract.grid)}. Tile: {contract.tile_use}.",
+        f"Constants: {', '.join(f'`{c.name}`' for c in contract.constants)}.",
+        "",
+    ]
+
+
+def predictions() -> list[str]:
+    """Tables of predicted times."""
+    lines = [
+        "## Predicted times",
+        "From shapes and data sheets (`moe_export/costs/moe_kernels.py`); nothing of it was measured.",
+        "bfloat16, tokens choose experts evenly. Assumed: kernels reach 80% of the memory's and 70% of the",
+        f"tensor cores' peak, 2 us per launch, a second-level cache {CACHE_FACTOR['HBM']:g} times as fast as",
+        f"HBM and {CACHE_FACTOR['GDDR']:g} times as GDDR, {SATURATING:.0%} of the multiprocessors saturate",
+        f"memory, tiles of fewer than {FULL_ROWS} rows reach their share of the tensor cores. Microseconds",
+        "per layer for the five kernels, and in brackets the lowering that is predicted fastest where it is",
+        "another one.",
+        "",
+    ]
+    for title, (experts, top_k, hidden, inner) in LAYERS.items():
+        rows = []
+        for name in SHOWN:
+            row = [GPUS[name].title]
+            for tokens in TOKENS:
+                shapes = MoeShapes(tokens, experts, top_k, hidden, inner)
+                time = predict_layer(shapes, name).seconds
+                best = choose_lowering(shapes, name)
+                other = best.predictions[best.lowering].seconds
+                better = f" ({best.lowering} {_microseconds(other)})" if best.lowering != "plugin" else ""
+                row.append(_microseconds(time) + better)
+            rows.append(row)
+        heads = ("GPU", *(f"T = {t}" for t in TOKENS))
+        lines += [f"### {title}", *_table(heads, rows), ""]
+    lines += ["Data sheets: " + "; ".join(dict.fromkeys(GPUS[n].source for n in SHOWN)) + "."]
+    return lines
+
+
+def _microseconds(seconds: float) -> str:
+    return f"{seconds * 1e6:,.0f}" if seconds >= 1e-4 else f"{seconds * 1e6:.3g}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    body = ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in rows]
+    return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *body]
+
+
+def main() -> int:
+    """Write the page, or with --check tell whether it is fresh."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with 1 when the page is stale"
+    )
+    arguments = parser.parse_args()
+    text = page(compile_kernels(requests()))
+    if arguments.check:
+        if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
+            print(f"{PAGE.name} is stale: run python tools/generate_kernels_doc.py", file=sys.stderr)
+            return 1
+        return 0
+    PAGE.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
