@@ -19,7 +19,6 @@ from .sms import GPU_TARGETS
 if TYPE_CHECKING:
     from .bundle.reader import Bundle
     from .bundle.writer import BundleWriter
-    from .importer.export import ExportedModel
     from .importer.sources import LoadedSource
     from .importer.weight_sources import StoredWeights
     from .verify.result import ParityReport
@@ -197,6 +196,7 @@ def _write_engine(
     from .backends import get_backend
     from .importer.export import export_model
     from .inspect import count_parameters, find_expert_blocks
+    from .verify.gpu_targets import require_covered_inputs
 
     limits = _limits(loaded, config)
     backend = get_backend(config.target)
@@ -204,7 +204,7 @@ def _write_engine(
     backend.check_layers(blocks, dataclasses.asdict(config))
     exported = export_model(loaded, dtype=config.dtype, opset=config.opset, progress=progress)
     if config.target in GPU_TARGETS and config.verify:
-        _require_covered(exported, config, limits)
+        require_covered_inputs(exported, config, limits)
     known = limits.max_batch is not None and limits.max_sequence is not None
     max_tokens = (limits.max_batch or 0) * (limits.max_sequence or 0) if known else None
     with progress.stage(f"lower for {config.target}"):
@@ -252,21 +252,6 @@ def _write_engine(
         text=text,
         parameters={k: int(v) for k, v in parameters.items() if v is not None},
     )
-
-
-def _require_covered(exported: ExportedModel, config: BuildConfig, limits: Limits) -> None:
-    """Refuse limits whose profiles lack a shape that verification uses, before plans are built."""
-    from .backends.trt.profiles import make_profiles, require_covered
-    from .verify.inputs import make_cases
-
-    loaded = exported.source
-    manifest = Manifest(
-        loaded.info, loaded.task, config.target, config.dtype, config.opset, exported.io, limits,
-        exported.moe_layers, text=loaded.text,
-    )  # fmt: skip
-    cases, _ = make_cases(manifest, seed=config.seed)
-    profiles = make_profiles(exported.io, limits, split=False)
-    require_covered(profiles, ((c.name, {n: v.shape for n, v in c.inputs.items()}) for c in cases))
 
 
 def _limits(loaded: LoadedSource, config: BuildConfig) -> Limits:
@@ -327,7 +312,9 @@ def _gather_evidence(
     it."""
     gpu = config.target in GPU_TARGETS
     if gpu:
-        manifest = dataclasses.replace(manifest, notes=(*manifest.notes, *_not_done(config)))
+        from .verify.gpu_targets import not_done
+
+        manifest = dataclasses.replace(manifest, notes=(*manifest.notes, *not_done(config)))
     if not (config.verify or config.bench):
         return manifest
     from .report.html import write_report
@@ -374,15 +361,6 @@ def _gather_evidence(
     staged = writer.stage(manifest)
     write_report(staged, parity=parity, bench=bench, usage=usage)
     return manifest
-
-
-def _not_done(config: BuildConfig) -> tuple[str, ...]:
-    """What the evidence of a GPU target does not show."""
-    if config.verify:
-        parity = "checked by simulation: the lowered graph ran on the CPU, no plan ran on a GPU"
-    else:
-        parity = "not verified; `moe-export verify BUNDLE --simulate` runs the lowered graph on the CPU"
-    return (parity, "not measured: a plan's speed shows on its GPU only")
 
 
 def _verify(
