@@ -59,7 +59,7 @@ class Request:
         text = json.dumps(
             [
                 self.kernel, dict(self.constants), self.dtype, self.sm, self.tile.to_dict(), self.function,
-                self.arguments, _sources(), triton_version(),
+                self.arguments, str(find_sm(self.sm)), _sources(), triton_version(),
             ],
             sort_keys=True,
         )  # fmt: skip
@@ -191,7 +191,7 @@ def _sources() -> str:
     digest = hashlib.sha256()
     files = (
         *sorted((_HERE / "kernels").glob("*.py")),
-        *(_HERE / f for f in ("constexprs.py", "ptx.py", "sm.py")),
+        *(_HERE / f for f in ("constexprs.py", "ptx.py")),
     )
     for path in (*files, _HERE / "compile_worker.py"):
         digest.update(path.read_bytes())

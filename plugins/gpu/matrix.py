@@ -9,8 +9,9 @@ from moe_export.costs.tiles import KERNELS, Tile, tiles
 from .checks import problems
 from .compile import CompiledKernel, Request
 from .contract import CONTRACTS, DTYPES
-from .sm import SMS
 
+SMS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
+"""Those of the table: the generations, and the last of each. Kernels for the others are checked alike."""
 LAYER: dict[str, Any] = {"num_experts": 64, "top_k": 8, "hidden": 2048, "inner": 1024}
 """Sizes that the matrix is compiled at (those of OLMoE's layers). Other sizes change few registers."""
 
@@ -26,7 +27,7 @@ def requests(
             if kernel == "dispatch" and dtype != (dtypes or DTYPES)[0]:
                 continue  # it reads and writes integers only
             for tile in _some(kernel, dtype, every_tile):
-                found += [Request(kernel, _constants(kernel), dtype, sm, tile) for sm in sms or tuple(SMS)]
+                found += [Request(kernel, _constants(kernel), dtype, sm, tile) for sm in sms or SMS]
     return found
 
 

@@ -34,7 +34,7 @@ def own_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_kernel_for_some_sms() -> None:
-    wanted = {"80": "HMMA", "90a": "HGMMA", "100a": "UTCHMMA"}
+    wanted = {"80": "HMMA", "90a": "HGMMA", "100a": "UTCHMMA", "121a": "HMMA"}
     tile = tiles("down", "bfloat16")[2]
     for kernel, (sm, word) in zip(
         compile_kernels([Request("down", DOWN, "bfloat16", sm, tile) for sm in wanted]),
@@ -138,7 +138,7 @@ def test_errors_name_the_kernel() -> None:
     what = r"(?s)GPU kernel combine \(float16, sm_80, tile 1x64 w4\): "
     with pytest.raises(ExportError, match=what + ".*no_such_thing"):
         compile_kernels([Request("combine", COMBINE, "float16", "80", Tile(1, 64), (BROKEN, "fails"))])
-    with pytest.raises(UsageError, match="no GPU kernels for SM '75'; .*choices: sm_100a"):
+    with pytest.raises(UsageError, match="no GPU kernels for SM '75'; .*choices: sm_100a, sm_103a"):
         compile_kernel("combine", COMBINE, "float16", "75", Tile(1, 64))
     with pytest.raises(UsageError, match="no dtype 'float8'"):
         compile_kernel("combine", COMBINE, "float8", "80", Tile(1, 64))

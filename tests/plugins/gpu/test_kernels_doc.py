@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 from moe_export_plugins.gpu.compile import compile_kernels
 from moe_export_plugins.gpu.contract import CONTRACTS
-from moe_export_plugins.gpu.matrix import requests, table_row
-from moe_export_plugins.gpu.sm import SMS
+from moe_export_plugins.gpu.matrix import SMS, requests, table_row
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = ROOT / "docs" / "gpu-kernels.md"
