@@ -224,7 +224,7 @@ def _all_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
 
 def _in_attention(node: ir.Node) -> bool:
     """A product of two computed values whose result a softmax reads, or one of whose factors it made."""
-    if any(v is None or v.const_value is not None or v.producer() is None for v in node.inputs):
+    if any(v is None or v.const_value is not None for v in node.inputs):
         return False
     after = [node]
     for _ in range(_FAR):
