@@ -1,4 +1,4 @@
-"""Ways to break an engine with quantised experts in its files, for the tests of its verification."""
+"""Ways to break an engine with quantised experts in its files, whichever op runs them."""
 
 from __future__ import annotations
 
@@ -48,11 +48,15 @@ def swapped_nibbles(layer: str, experts: slice) -> Edit:
     return edit(f"{layer}.up_codes", change)
 
 
-def gate_and_up_apart(layer: str) -> Edit:
-    """Gate and up concatenated, where the op wants them in pairs."""
+def gate_and_up_misplaced(layer: str) -> Edit:
+    """Gate and up where the op does not look for them: concatenated, where QMoE wants pairs; exchanged in the
+    panels of the plugin's op."""
 
     def change(array: NDArray[Any]) -> None:
-        array[:] = np.concatenate([array[:, 0::2], array[:, 1::2]], axis=1)
+        if array.ndim == 3:
+            array[:] = np.concatenate([array[:, 0::2], array[:, 1::2]], axis=1)
+        else:
+            array[:] = np.roll(array, 32, axis=3)
 
     def apply(model: onnx.ModelProto) -> None:
         edit(f"{layer}.up_codes", change)(model)

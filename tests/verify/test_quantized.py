@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import onnx
 import pytest
 
 import moe_export
@@ -19,20 +21,41 @@ from moe_export.verify.tolerance import LEVELS, QUANTIZED_LEVELS, default_tolera
 from .quantized import (
     Edit,
     broken_copy,
-    gate_and_up_apart,
+    gate_and_up_misplaced,
     scaled_expert,
     shifted_scales,
     swapped_nibbles,
 )
 
+OPS = {"qmoe": "QMoE", "plugin": "QuantizedExpertMLP"}
 SOURCE = Path(__file__).parents[2] / "examples" / "byte-mixtral"
 
 
-@pytest.fixture(scope="module", params=KINDS)
+ENGINES = [
+    pytest.param((kind, lowering), id=f"{kind}-{lowering}", marks=pytest.mark.slow if slow else ())
+    for kind, lowering, slow in (
+        ("int8", "qmoe", False),
+        ("int4", "qmoe", False),
+        ("int8", "plugin", True),
+        ("int4", "plugin", False),
+    )
+]
+
+
+@pytest.fixture(scope="module", params=ENGINES)
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("quantized") / request.param
-    moe_export.build(SOURCE, folder, quantize=request.param, bench=False, verify=False, threads=1)
+    kind, lowering = request.param
+    if lowering == "plugin" and os.environ.get("MOE_EXPORT_CPU_PLUGIN") == "off":
+        pytest.skip("switched off by MOE_EXPORT_CPU_PLUGIN=off")
+    folder = tmp_path_factory.mktemp(lowering) / kind
+    moe_export.build(
+        SOURCE, folder, quantize=kind, quantized_lowering=lowering, bench=False, verify=False, threads=1
+    )
     yield folder
+
+
+def op_types(engine: Path) -> set[str]:
+    return {node.op_type for node in onnx.load(engine / "model.onnx", load_external_data=False).graph.node}
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +72,7 @@ def report(engine: Path, reference: Reference) -> ParityReport:
 
 def test_the_shipped_model_passes_with_its_three_numbers(report: ParityReport, engine: Path) -> None:
     summary, kind = report.summary(), engine.name
+    assert op_types(engine) & {"QMoE", "QuantizedExpertMLP"} == {OPS[engine.parent.name[:-1]]}
     assert report.passed and report.quantization == kind, [f.message for f in report.findings]
     limits = {limit.name: limit.value for limit in report.tolerances}
     assert 0 < summary["forced_error"] < limits["logits"]
@@ -63,7 +87,7 @@ def test_the_shipped_model_passes_with_its_three_numbers(report: ParityReport, e
 EDITS: dict[str, tuple[Callable[[str], Edit], int, set[int]]] = {
     "one expert twice as large": (lambda at: scaled_expert(at, 0, 2.0), 2, {0}),
     "one expert half as large": (lambda at: scaled_expert(at, 3, 0.5), 2, {3}),
-    "gate and up not in pairs": (gate_and_up_apart, 1, set()),
+    "gate and up misplaced": (gate_and_up_misplaced, 1, set()),
     "scales of the next block": (shifted_scales, 1, set()),
     "nibbles swapped": (lambda at: swapped_nibbles(at, slice(None)), 2, set()),
     "nibbles of one expert swapped": (lambda at: swapped_nibbles(at, slice(3, 4)), 2, {3}),
