@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -175,6 +176,7 @@ def _write(folder: Path, kernel: CompiledKernel, sm: int) -> dict[str, Any]:
     return described | {"cuda": _assembler_cuda(sm)}
 
 
+@cache
 def _assembler_cuda(sm: int) -> int:
     """CUDA version of the assembler that makes an SM's cubins, as major * 1000 + minor * 10."""
     from triton.backends.nvidia.compiler import get_ptxas
