@@ -35,7 +35,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_layer import DTYPES, SHAPES, Inputs, Layer, LeftOut, Run
-from moe_layer_contestants import ALL, FLOAT, QUANTIZED, Contestants, problem
+from moe_layer_contestants import ALL, FLOAT, Contestants, problem
+from moe_layer_onnxruntime import QUANTIZED
 from moe_layer_peaks import Peaks, own_load, turn_seconds, wait_for_quiet
 from moe_layer_report import Entry, Row, make_rows, markdown, print_table
 

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ def measure(op: str, experts: int, top_k: int, options: argparse.Namespace, libr
     for tokens, case in cases.items():
         given = {name: array for name, array in case.inputs.items() if name != "weight"}
         feed = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in given.items()}
-        runs = [lambda s=s, feed=feed: s.run_with_ort_values(None, feed) for s in sessions]
+        runs = [partial(session.run_with_ort_values, None, feed) for session in sessions]
         _compare(case, *[[value.numpy() for value in run()] for run in runs])
         samples: list[list[float]] = [[], []]
         for turn in range(options.rounds):

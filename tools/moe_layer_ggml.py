@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def _library(folder: Path, name: str) -> Path | None:
 class Ggml:
     """One graph per number of tokens and threads over weights that stay where they are."""
 
-    names = ("ggml",)
+    names: tuple[str, ...] = ("ggml",)
 
     def __init__(self, layer: Layer, folder: str | None) -> None:
         self.layer = layer
@@ -75,7 +76,7 @@ class Ggml:
         self._weights: tuple[Any, Any] | None = None
         self._context: Any = None
 
-    def make(self, _name: str, inputs: Inputs, threads: int) -> Run:
+    def make(self, name: str, inputs: Inputs, threads: int) -> Run:
         if self._library is None:
             self._library = _Functions(library_folder(self.folder))
         g, s = self._library, self.layer.shape
@@ -102,6 +103,7 @@ class _Graph:
         s, tokens = layer.shape, len(inputs.hidden)
         self.g, self.inputs, self.shape = g, inputs, (tokens, s.hidden)
         c = g.context()
+        weakref.finalize(self, g.ggml_free, c)
         up, down = weights
         self.hidden = g.ggml_new_tensor_2d(c, TYPES["float32"], s.hidden, tokens)
         self.logits = g.ggml_new_tensor_2d(c, TYPES["float32"], s.experts, tokens)
@@ -127,8 +129,11 @@ class _Graph:
         self.graph = g.ggml_new_graph(c)
         g.ggml_build_forward_expand(self.graph, self.out)
         self.backend = g.ggml_backend_cpu_init()
+        weakref.finalize(self, g.ggml_backend_free, self.backend)
         g.ggml_backend_cpu_set_n_threads(self.backend, threads)
-        if not g.ggml_gallocr_alloc_graph(g.ggml_gallocr_new(g.ggml_backend_cpu_buffer_type()), self.graph):
+        memory = g.ggml_gallocr_new(g.ggml_backend_cpu_buffer_type())
+        weakref.finalize(self, g.ggml_gallocr_free, memory)
+        if not g.ggml_gallocr_alloc_graph(memory, self.graph):
             raise MemoryError("ggml could not allocate its graph")
 
     def run(self) -> Array:
@@ -177,6 +182,7 @@ class _Functions:
 _I, _L, _S = ctypes.c_int, ctypes.c_int64, ctypes.c_size_t
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "ggml_init": (_Pointer, _Parameters),
+    "ggml_free": (None, _Pointer),
     "ggml_new_tensor_2d": (_Pointer, _Pointer, _I, _L, _L),
     "ggml_new_tensor_3d": (_Pointer, _Pointer, _I, _L, _L, _L),
     "ggml_mul_mat_id": (_Pointer, _Pointer, _Pointer, _Pointer, _Pointer),
@@ -197,11 +203,13 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "ggml_new_graph": (_Pointer, _Pointer),
     "ggml_build_forward_expand": (None, _Pointer, _Pointer),
     "ggml_backend_cpu_init": (_Pointer,),
+    "ggml_backend_free": (None, _Pointer),
     "ggml_backend_cpu_set_n_threads": (None, _Pointer, _I),
     "ggml_backend_cpu_buffer_from_ptr": (_Pointer, _Pointer, _S),
     "ggml_backend_cpu_buffer_type": (_Pointer,),
     "ggml_backend_tensor_alloc": (_I, _Pointer, _Pointer, _Pointer),
     "ggml_backend_graph_compute": (_I, _Pointer, _Pointer),
     "ggml_gallocr_new": (_Pointer, _Pointer),
+    "ggml_gallocr_free": (None, _Pointer),
     "ggml_gallocr_alloc_graph": (ctypes.c_bool, _Pointer, _Pointer),
 }

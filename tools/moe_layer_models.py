@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +47,8 @@ def save_model(layer: Layer, form: str, path: Path) -> None:
         "unpacked": lambda: builder.expert_mlp(layer.up, layer.down, packed=0),
         "loop": builder.loop,
         "contrib": builder.contrib,
-        **{f"qmoe-{kind}": lambda kind=kind: builder.qmoe(kind) for kind in ("int8", "int4")},
-        **{f"plugin-{kind}": lambda kind=kind: builder.quantized(kind) for kind in ("int8", "int4")},
+        **{f"qmoe-{kind}": partial(builder.qmoe, kind) for kind in ("int8", "int4")},
+        **{f"plugin-{kind}": partial(builder.quantized, kind) for kind in ("int8", "int4")},
     }
     forms[form]()
     model = builder.finish(bodies=form not in KERNELS_ONLY)

@@ -27,7 +27,7 @@ QUANTIZED = tuple(name for name in FORMS if name.endswith(("int8", "int4")))
 class OnnxRuntime:
     """Sessions over models in ``folder``, one per form and number of threads, made once and kept."""
 
-    names = tuple(FORMS)
+    names: tuple[str, ...] = tuple(FORMS)
 
     def __init__(self, layer: Layer, folder: Path) -> None:
         self.layer = layer

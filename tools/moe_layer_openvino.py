@@ -22,7 +22,7 @@ from moe_layer_models import save_model
 class OpenVino:
     """Compiled models, one per form and number of threads, made once and kept; ``folder`` takes the ONNX."""
 
-    names = ("openvino",)
+    names: tuple[str, ...] = ("openvino",)
 
     def __init__(self, layer: Layer, folder: Path) -> None:
         self.layer = layer
@@ -31,7 +31,7 @@ class OpenVino:
         self.note = ""
         """Which form the last contestant has."""
 
-    def make(self, _name: str, inputs: Inputs, threads: int) -> Run:
+    def make(self, name: str, inputs: Inputs, threads: int) -> Run:
         if importlib.util.find_spec("openvino") is None:
             raise LeftOut('the package openvino is not installed: pip install "moe-export[bench]"')
         runs = {"fused": self._fused(inputs, threads)}

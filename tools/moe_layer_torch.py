@@ -14,7 +14,7 @@ COPY_LIMIT = 2 * 2**30
 class Torch:
     """transformers' MixtralExperts over the layer's own arrays (no copy)."""
 
-    names = ("eager", "grouped_mm", "batched_mm", "torch.compile", "dense")
+    names: tuple[str, ...] = ("eager", "grouped_mm", "batched_mm", "torch.compile", "dense")
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
