@@ -27,13 +27,20 @@ READ_BYTES = 512 * 2**20
 SGEMM_SIZE = 1536
 
 
-def turn_seconds(run: Run, tries: int = 10, meter: LoadMeter | None = None) -> float:
+def turn_seconds(
+    run: Run,
+    tries: int = 10,
+    meter: LoadMeter | None = None,
+    least: float = MIN_SECONDS,
+    pause: float = PAUSE_SECONDS,
+) -> float:
     """Median seconds of the calls of one turn, of the first turn that other processes hardly disturbed.
 
-    Where none of ``tries`` turns was quiet, the least disturbed one. ``meter`` watches the turns.
+    Where none of ``tries`` turns was quiet, the least disturbed one. ``meter`` watches the turns. A turn
+    lasts ``least`` seconds or more and begins after ``pause``.
     """
     best = (float("inf"), float("inf"))
-    time.sleep(PAUSE_SECONDS)
+    time.sleep(pause)
     window = meter.start() if meter is not None else None
     first = time.perf_counter()
     for _ in range(tries):
@@ -43,7 +50,7 @@ def turn_seconds(run: Run, tries: int = 10, meter: LoadMeter | None = None) -> f
         times = [time.perf_counter() - begin]
         if times[0] < LONG_SECONDS:
             times, before = [], _switches()
-            while sum(times) < MIN_SECONDS:
+            while sum(times) < least:
                 begin = time.perf_counter()
                 run()
                 times.append(time.perf_counter() - begin)
