@@ -39,15 +39,15 @@ def check(layer: Layer, chosen: dict[str, Tile] | None = None) -> None:
     assert result.counts[:-1].sum() == ids.size
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [0, 1, 18])
+@pytest.mark.parametrize(
+    ("dtype", "tokens"), [("float32", 0), ("float32", 18), *((dtype, 1) for dtype in DTYPES)]
+)
 def test_numbers_of_tokens(dtype: str, tokens: int) -> None:
     check(Layer(dtype, tokens=tokens, experts=6, top_k=2, hidden=48, inner=40))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_every_expert_chosen_and_experts_not_a_power_of_two(dtype: str) -> None:
-    check(Layer(dtype, tokens=3, experts=5, top_k=5, hidden=33, inner=17))
+def test_every_expert_chosen_and_experts_not_a_power_of_two() -> None:
+    check(Layer("float16", tokens=3, experts=5, top_k=5, hidden=33, inner=17))
 
 
 def test_all_tokens_to_one_expert() -> None:
@@ -156,15 +156,22 @@ def gpt_oss(dtype: str) -> tuple[NDArray[Any], NDArray[np.float64], dict[str, An
     return logits, out, given
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("make", [mixtral, deepseek, gpt_oss])
+@pytest.mark.parametrize(
+    ("make", "dtype"),
+    [
+        pytest.param(make, dtype, marks=() if fast else pytest.mark.slow)
+        for make in (mixtral, deepseek, gpt_oss)
+        for dtype in DTYPES
+        for fast in [dtype == "bfloat16" or (make is mixtral and dtype == "float32")]
+    ],
+)
 def test_layers_of_source_models(make: Any, dtype: str) -> None:
     logits, out, given = make(dtype)
     bias = given.get("selection_bias")
     result = run_layer(**given, chosen=TINY)
     assert different_ids(result.expert_ids, logits, bias, given["constants"]) == []
     assert error(result.out, out) < LIMITS[dtype]
-    if dtype != "bfloat16":
+    if dtype != "bfloat16" or make is not mixtral:
         return
     # The comparison is of use: a layer with two experts exchanged fails it, by the widest of the limits, too.
     given["up"] = given["up"][[1, 0, *range(2, len(given["up"]))]]

@@ -65,9 +65,9 @@ def test_selection_bias(name: str, bias_dtype: str) -> None:
 
 
 @pytest.mark.parametrize("tile", tiles("router", "float32"), ids=str)
-@pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (5, 5), (8, 8), (7, 1), (60, 4)])
+@pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (5, 5), (7, 1), (60, 4)])
 def test_odd_numbers_of_experts(experts: int, top_k: int, tile: Tile) -> None:
-    for tokens in (0, 1, 6):
+    for tokens in (0, 1, 3):
         check(normal(4, (tokens, experts), "float32"), {"top_k": top_k, "renormalize": 1}, None, tile)
 
 
