@@ -2,11 +2,11 @@
 
     python tools/bench_ops.py --op Router,Combine --tokens 1,64,2048 --rounds 9 --json FILE --markdown
 
-Kernel and body get the same inputs, as ONNX Runtime's own values, and take turns; their outputs are compared
-first. A turn in which other processes took cores away is tried again. Routers are those of five sizes: (8, 2),
-(16, 2), (64, 8), (128, 8) as softmax over all experts, renormalised, and (256, 8) as DeepSeek-V3's: sigmoid,
-bias, 4 of 8 groups. Dispatch, GroupedMatMul (inner 256, columns 128) and Combine (H 1024) get the same
-experts.
+Kernel and body get the same inputs, as ONNX Runtime's own values, and take turns; their outputs are
+compared first. A turn in which other processes took cores away is tried again. Routers are those of five
+sizes: (8, 2), (16, 2), (64, 8), (128, 8) as softmax over all experts, renormalised, and (256, 8) as
+DeepSeek-V3's: sigmoid, bias, 4 of 8 groups. Dispatch, GroupedMatMul (inner 256, columns 128) and Combine
+(H 1024) get the same experts.
 
 The JSON is a list of rows: op, experts, top_k, tokens, threads, kernel_ms, body_ms (medians over the rounds),
 ratio: body over kernel, above 1 where the kernel is faster.
