@@ -99,11 +99,15 @@ class _Verification:
     ) -> None:
         self.manifest = session.manifest
         self.seed, self.progress = seed, progress
+        from .simulate import SimulatedSession
+
         outputs = [t.name for t in self.manifest.io.outputs if t.role != "cache"]
         self.tolerances: Tolerances = default_tolerances(
             self.manifest.dtype, outputs, tolerances, self.manifest.quantization
         )
         self.session = session
+        self.simulated = isinstance(session, SimulatedSession)
+        """Then showing the routing changes nothing: there is one form of the engine."""
         self.engine = EngineRuns(session)
         self.yardstick: Yardstick = find_yardstick(against, self.manifest)
         self.cases, self.notes = self._cases(session, text)
@@ -171,7 +175,7 @@ class _Verification:
             tools=tool_versions(),
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             seconds=time.perf_counter() - started,
-            simulated=isinstance(self.session, SimulatedSession),
+            simulated=self.simulated,
         )
 
     def _case(self, case: Case, force_routing: bool) -> TracedRun | None:
@@ -198,7 +202,7 @@ class _Verification:
                 plain = None
             else:
                 engine = self.engine.traced(case)
-                plain = self.engine.plain(case)
+                plain = None if self.simulated else self.engine.plain(case)
         except Exception as error:  # Whatever an engine raises on an input is the result of that case.
             self._error(case, mode, "engine failed", error, began)
             return None

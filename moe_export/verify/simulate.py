@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..bundle.reader import open_bundle
 from ..errors import InputError, UsageError
+from ..schema import Limits
 from ..sms import GPU_TARGETS
 from .result import SIMULATED
 from .simulated_plugin import run_plugin
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
     from .simulated_graph import PluginOp, SimulatedGraph
 
     Array = NDArray[Any]
+
+
+PLUGIN_LIMITS = Limits(2, 24)
+"""Largest batch and sequence of a graph with plugin nodes: one run of more takes minutes."""
 
 
 def simulate_bundle(
@@ -101,14 +106,16 @@ class SimulatedSession:
                 f"{bundle.path} is for target {whole.target}, which runs on the CPU itself; --simulate is "
                 f"for {', '.join(GPU_TARGETS)}"
             )
-        self.manifest: Manifest = dataclasses.replace(whole, io=own_io(whole.io))
-        """Its inputs and outputs are the model's own, without those that size buckets."""
         self._bundle, self._threads, self._plugin = bundle, threads, plugin
+        self._graphs: dict[str, SimulatedGraph] = {}
+        self.plugin_nodes = self._graph("plain").plugin_nodes
+        limits = _smaller(whole.limits) if self.plugin_nodes else whole.limits
+        self.manifest: Manifest = dataclasses.replace(whole, io=own_io(whole.io), limits=limits)
+        """Its inputs and outputs are the model's own, without those that size buckets."""
         self._buckets = bucket_io(whole.io)
         self._capacity = CapacityRunner(whole.moe_layers)
         vocabulary = whole.text.vocab_size if whole.text is not None else None
-        self._checker = InputChecker(self.manifest.io, whole.limits, vocabulary)
-        self._graphs: dict[str, SimulatedGraph] = {}
+        self._checker = InputChecker(self.manifest.io, limits, vocabulary)
 
     @property
     def io(self) -> ModelIO:
@@ -119,11 +126,6 @@ class SimulatedSession:
     def capacity_use(self) -> CapacityUse | None:
         """How often buckets were too small; None for a graph without them."""
         return None if self._buckets is None else self._capacity.use
-
-    @property
-    def plugin_nodes(self) -> int:
-        """Plugin nodes of the graphs loaded so far, in one run."""
-        return max((graph.plugin_nodes for graph in self._graphs.values()), default=0)
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -194,7 +196,9 @@ class SimulatedSession:
         made = [f"{SIMULATED}: the lowered graph in ONNX Runtime on the CPU"]
         if self.plugin_nodes:
             made.append(
-                f"{self.plugin_nodes} plugin nodes ran by the GPU's own kernels under Triton's interpreter"
+                f"{self.plugin_nodes} plugin nodes ran by the GPU's own kernels under Triton's interpreter, "
+                f"which is slow: inputs are of at most {PLUGIN_LIMITS.max_batch} sequences of "
+                f"{PLUGIN_LIMITS.max_sequence} tokens"
             )
         if self.capacity_use is not None:
             made.append(f"buckets: {self.capacity_use.text()}")
@@ -234,7 +238,20 @@ class SimulatedSession:
             if form == "plain":
                 model = onnx.load(path, load_external_data=False)
             else:
-                text = traced_model(path, self.manifest.moe_layers, force_routing=form == "forced")
+                layers = self._bundle.manifest.moe_layers
+                text = traced_model(path, layers, force_routing=form == "forced")
                 model = onnx.load_from_string(text)
             self._graphs[form] = SimulatedGraph(model, path.parent, str(path), self._plugin, self._threads)
         return self._graphs[form]
+
+
+def _smaller(limits: Limits) -> Limits:
+    """``limits``, but no more than :data:`PLUGIN_LIMITS`."""
+
+    def least(own: int | None, most: int | None) -> int | None:
+        return most if own is None or most is None else min(own, most)
+
+    return Limits(
+        least(limits.max_batch, PLUGIN_LIMITS.max_batch),
+        least(limits.max_sequence, PLUGIN_LIMITS.max_sequence),
+    )
