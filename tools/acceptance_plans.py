@@ -52,11 +52,10 @@ def bare_plan() -> Result:
         folder = Path(name)
         write_kernels(folder / "kernels", expert_specs(shape), [sm])
         write_model(folder / "model.onnx", shape.num_experts, given)
-        aot_graph.write_aot_model(
-            folder / "model.onnx", folder / "model.aot.onnx", {LAYER: shape.top_k}, TOKENS
-        )
+        parsed = folder / aot_graph.MODEL_FILE
+        aot_graph.write_aot_model(folder / "model.onnx", parsed, {LAYER: shape.top_k}, TOKENS, sm)
         aot_graph.register(trt, folder / "kernels")
-        (folder / "plan.engine").write_bytes(build_plan(trt, folder / "model.aot.onnx", given))
+        (folder / "plan.engine").write_bytes(build_plan(trt, parsed, given))
         for key in ("hidden", "expert_ids", "weights"):
             np.save(folder / f"{key}.npy", given[key])
         bare = Path(__file__).with_name("acceptance_bare.py")

@@ -45,11 +45,11 @@ def register(trt: Any, library: Path | str) -> tuple[str, ...]:
     return register_plugins(trt, PtxOf(kernels, device.sm))
 
 
-def write_aot_model(source: Path, target: Path, top_ks: Mapping[str, int], tokens: int) -> int:
+def write_aot_model(source: Path, target: Path, top_ks: Mapping[str, int], tokens: int, sm: int) -> int:
     """Rewrite the model file ``source`` into ``target`` in the same folder; returns the number of layers.
 
-    Weights stay where they are. ``top_ks``: K by layer; ``tokens``: the usual number of tokens of a run,
-    which decides the rows of a block.
+    Weights stay where they are. ``top_ks``: K by layer. ``tokens``, ``sm``: the usual number of tokens of a
+    run, and a GPU, for which the cost model chooses the rows of a block.
 
     Raises:
         UsageError: a form of experts that the kernels do not have.
@@ -59,16 +59,18 @@ def write_aot_model(source: Path, target: Path, top_ks: Mapping[str, int], token
     if source.parent.resolve() != target.parent.resolve():
         raise EnvironmentLacksError(f"{target} must lie beside {source}: both name the same weight files")
     model = ir.load(source)
-    count = expand_experts(model, top_ks, tokens)
+    count = expand_experts(model, top_ks, tokens, sm)
     ir.save(model, target)
     return count
 
 
-def expand_experts(model: ir.Model, top_ks: Mapping[str, int], tokens: int) -> int:
+def expand_experts(model: ir.Model, top_ks: Mapping[str, int], tokens: int, sm: int) -> int:
     """Replace the ExpertMLP nodes of ``model``; returns how many there were. See :func:`write_aot_model`."""
     nodes = expert_nodes(model)
     for number, node in enumerate(nodes):
-        _expand(model, node, node_shape(node, top_ks), tokens, f"moe_gpu.{number}")
+        shape = node_shape(node, top_ks)
+        rows = choose_tiles(shape, tokens, sm).dispatch.rows
+        _expand(model, node, shape, rows, f"moe_gpu.{number}")
     if nodes:
         model.graph.opset_imports[NAMESPACE] = 1
     if all(n.domain != DOMAIN for n in model.graph.all_nodes()):
@@ -87,12 +89,11 @@ def plugin_of(kernel: str, biased: bool) -> AotPlugin:
     )
 
 
-def _expand(model: ir.Model, node: ir.Node, shape: ExpertShape, tokens: int, name: str) -> None:
+def _expand(model: ir.Model, node: ir.Node, shape: ExpertShape, rows: int, name: str) -> None:
     import onnx_ir as ir
 
     names = ("hidden", "expert_ids", "weights", "up", "down", "up_bias", "down_bias")
     values = dict(zip(names, node.inputs, strict=False))
-    rows = choose_tiles(shape, tokens).dispatch.rows
     made = []
     for kernel in STEPS:
         plugin = plugin_of(kernel, bool(shape.biased))

@@ -43,17 +43,18 @@ class KernelSpec:
 
 
 def expert_specs(shape: ExpertShape) -> list[KernelSpec]:
-    """The kernels of a layer's experts, for every set of tiles."""
+    """The kernels of a layer's experts, for every tile that a launch may choose."""
+    every = [(name, chosen.of(name)) for chosen in tile_sets(shape.dtype) for name in STEPS]
+    every += [("combine", tile) for tile in tiles("combine", shape.dtype)]
     return [
         KernelSpec(
             # Dispatch reads and writes integers only; it is compiled once.
             name,
             DTYPES[0] if name == "dispatch" else shape.dtype,
             shape.constants(name),
-            chosen.of(name),
+            tile,
         )
-        for chosen in tile_sets(shape.dtype)
-        for name in STEPS
+        for name, tile in dict.fromkeys(every)
     ]
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, lru_cache
 from typing import Any
 
+from moe_export.costs.moe_kernels import MoeShapes, layer_tiles
 from moe_export.costs.tiles import Tile, tiles
 from moe_export.errors import UsageError
 from moe_export.ops import OPS
@@ -128,12 +129,30 @@ def tile_sets(dtype: str) -> tuple[TileSet, ...]:
     )
 
 
-def choose_tiles(shape: ExpertShape, tokens: int) -> TileSet:
-    """The set with the fewest rows per block that holds an expert's average share of the assignments; the
-    largest where none does. Large blocks waste arithmetic on experts with few tokens."""
-    sets = tile_sets(shape.dtype)
-    share = tokens * shape.top_k / shape.num_experts
-    return next((s for s in sets if s.dispatch.rows >= share), sets[-1])
+def choose_tiles(shape: ExpertShape, tokens: int, sm: int) -> TileSet:
+    """The tiles that the cost model predicts to be fastest for about ``tokens`` tokens on a GPU of ``sm``."""
+    return _predicted(shape, 1 << max(tokens - 1, 0).bit_length(), sm)
+
+
+@lru_cache(maxsize=1024)
+def _predicted(shape: ExpertShape, tokens: int, sm: int) -> TileSet:
+    best = layer_tiles(
+        MoeShapes(
+            tokens,
+            shape.num_experts,
+            # An id may be another rank's, so K may be more than the experts here.
+            min(shape.top_k, shape.num_experts),
+            shape.hidden,
+            shape.inner,
+            bool(shape.gated),
+            shape.dtype,
+            shape.activation,
+            bool(shape.biased),
+        ),
+        sm,
+    )
+    found = next(s for s in tile_sets(shape.dtype) if s.dispatch.rows == best["dispatch"].rows)
+    return replace(found, combine=best["combine"])
 
 
 @dataclass(frozen=True)

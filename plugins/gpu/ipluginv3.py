@@ -19,7 +19,7 @@ from moe_export.errors import MoeExportError, UsageError
 from moe_export.ops import DOMAIN, OPS
 
 from .driver import Launcher
-from .experts import ExpertShape, TileSet, choose_tiles, scratch_bytes, tile_sets
+from .experts import ExpertShape, TileSet, scratch_bytes, tile_sets
 from .launching import Kernels, run
 from .library import KernelLibrary
 
@@ -234,7 +234,7 @@ def _classes(trt: Any) -> Any:
 
         def _tiles(self, shape: ExpertShape, tokens: int) -> TileSet:
             if self.tactic == BY_TOKENS:
-                return choose_tiles(shape, tokens)
+                return self.kernels.choose(shape, tokens)
             return tile_sets(shape.dtype)[self.tactic - BY_TOKENS - 1]
 
         @_reported
@@ -257,6 +257,8 @@ def _classes(trt: Any) -> Any:
         ) -> None:
             shape = self.shape or _make_shape(trt, self.attributes, input_desc)
             tokens = input_desc[0].dims[0]
+            if not tokens:
+                return
             pointers = dict(zip(_input_names(len(inputs)), inputs, strict=True)) | {"out": outputs[0]}
             run(self.kernels, shape, self._tiles(shape, tokens), tokens, pointers, workspace, stream)
 
@@ -265,7 +267,7 @@ def _classes(trt: Any) -> Any:
             self._keep = [data for _, data in made]  # a PluginField points into its array
             return trt.PluginFieldCollection([f for f, _ in made])
 
-    class ExpertCreator(trt.IPluginCreatorV3One):  # type: ignore[misc]  # base of the module at hand
+    class ExpertCreator(trt.IPluginCreatorV3One):
         def __init__(self, kernels: Kernels) -> None:
             super().__init__()
             self.kernels = kernels

@@ -8,7 +8,7 @@ from typing import Any
 from moe_export.errors import BundleError, EnvironmentLacksError, MoeExportError
 
 from .driver import CudaDriver, Device, Launcher
-from .experts import STEPS, ExpertShape, TileSet, arguments, plan
+from .experts import STEPS, ExpertShape, TileSet, arguments, choose_tiles, plan
 from .library import KernelLibrary
 
 
@@ -33,13 +33,25 @@ class Kernels:
             BundleError: there are no kernels for it.
             EnvironmentLacksError: no driver, or one too old.
         """
-        if self._launcher is None:
-            self._launcher = CudaDriver()
-        device = self._launcher.device()
+        launcher = self._driver()
+        device = launcher.device()
         key = (device.context, shape, chosen)
         if key not in self._loaded:
-            self._loaded[key] = self._load(self._launcher, device, shape, chosen)
-        return self._launcher, self._loaded[key]
+            self._loaded[key] = self._load(launcher, device, shape, chosen)
+        return launcher, self._loaded[key]
+
+    def choose(self, shape: ExpertShape, tokens: int) -> TileSet:
+        """Tiles for a number of tokens on the current GPU.
+
+        Raises:
+            EnvironmentLacksError: no driver.
+        """
+        return choose_tiles(shape, tokens, self._driver().device().sm)
+
+    def _driver(self) -> Launcher:
+        if self._launcher is None:
+            self._launcher = CudaDriver()
+        return self._launcher
 
     def _load(
         self, launcher: Launcher, device: Device, shape: ExpertShape, chosen: TileSet

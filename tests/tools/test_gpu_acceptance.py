@@ -217,7 +217,7 @@ def test_the_model_of_the_bare_plan_becomes_plugin_nodes(tmp_path: Path) -> None
     given = acceptance_gpu.expert_inputs(shape, 6)
     acceptance_plans.write_model(tmp_path / "model.onnx", 5, given)
     top_k = {acceptance_plans.LAYER: 2}
-    assert write_aot_model(tmp_path / "model.onnx", tmp_path / "model.aot.onnx", top_k, 6) == 1
+    assert write_aot_model(tmp_path / "model.onnx", tmp_path / "model.aot.onnx", top_k, 6, 89) == 1
 
 
 def test_the_bare_process_imports_nothing_of_moe_export() -> None:

@@ -77,5 +77,5 @@ def write_plugin_kernels(
         return {"plugins": [MODULE], "kernels": FOLDER}
     from moe_export_plugins.gpu import aot_graph
 
-    aot_graph.write_aot_model(folder / MODEL_FILE, folder / aot_graph.MODEL_FILE, top_ks, tokens)
+    aot_graph.write_aot_model(folder / MODEL_FILE, folder / aot_graph.MODEL_FILE, top_ks, tokens, sms[0])
     return {"plugins": [AHEAD_OF_TIME], "kernels": FOLDER, "model": aot_graph.MODEL_FILE}

@@ -64,7 +64,7 @@ FORMS: dict[str, dict[str, Any]] = {
 def test_the_same_numbers(form: str, tokens: int, tmp_path: Path) -> None:
     path = model(tmp_path, "float32", **FORMS[form])
     held = ir.load(path)
-    assert expand_experts(held, LAYERS, tokens) == 1
+    assert expand_experts(held, LAYERS, tokens, 89) == 1
     names = [n.op_type for n in held.graph]
     bias = "Bias" if form == "biased" else ""
     assert names == ["Dispatch", f"GateUp{bias}", f"Down{bias}", "Combine"]
@@ -87,7 +87,7 @@ def test_rows_of_a_block_follow_the_usual_number_of_tokens(tmp_path: Path) -> No
     rows = []
     for tokens in (1, 100_000):
         held = ir.load(path)
-        expand_experts(held, LAYERS, tokens)
+        expand_experts(held, LAYERS, tokens, 89)
         by_node = [n.attributes["block_rows"].value for n in held.graph if "block_rows" in n.attributes]
         assert len(by_node) == 3 and len(set(by_node)) == 1
         rows.append(by_node[0])
@@ -100,7 +100,7 @@ def test_the_written_model_names_the_same_weights_and_no_function(tmp_path: Path
     onnx.save(onnx.load(path), path, save_as_external_data=True, location="w.data", size_threshold=0)
     before = (tmp_path / "w.data").read_bytes()
     target = tmp_path / "model.aot.onnx"
-    assert write_aot_model(path, target, LAYERS, 8) == 1
+    assert write_aot_model(path, target, LAYERS, 8, 89) == 1
     proto = onnx.load(target, load_external_data=False)
     assert {e.value for t in proto.graph.initializer for e in t.external_data if e.key == "location"} == {
         "w.data"
@@ -110,7 +110,7 @@ def test_the_written_model_names_the_same_weights_and_no_function(tmp_path: Path
     # The other model is as it was.
     assert [n.op_type for n in onnx.load(path).graph.node] == ["ExpertMLP"]
     with pytest.raises(EnvironmentLacksError, match="must lie beside"):
-        write_aot_model(path, tmp_path / "other" / "m.onnx", LAYERS, 8)
+        write_aot_model(path, tmp_path / "other" / "m.onnx", LAYERS, 8, 89)
 
 
 def test_which_plugin() -> None:
