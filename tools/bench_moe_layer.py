@@ -14,9 +14,9 @@ multiplies large float32 matrices; the tables say how much of that each contesta
 The JSON is a list of rows: shape, tokens, routing, contestant, dtype, threads, median_ms, low_ms, high_ms
 (quartiles over the rounds), ratio_to_best_other: the median of the best other contestant of the same dtype,
 threads and routing over this one's (above 1: faster than all others; the plugin's two weight layouts do not
-count as each other's others), ratio_to_eager: transformers' eager time over this one's (quantised ones:
-against float32), bandwidth and sgemm: shares of what the machine did meanwhile, and foreign_cores: how many
-cores other processes used.
+count as each other's others), ratio_to_eager (quantised ones: against float32), ratio_to_dense (one-hot
+routing), ratio_to_float32 (of bfloat16) and ratio_to_one_thread: the other's time over this one's, bandwidth
+and sgemm: shares of what the machine did meanwhile, and foreign_cores: how many cores other processes used.
 """
 
 from __future__ import annotations

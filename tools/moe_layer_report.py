@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from moe_layer import Inputs, Shape
 from moe_layer_contestants import dtype_of, is_plugin
@@ -31,8 +32,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Row:
-    """One entry's time. ``bandwidth`` and ``sgemm``: shares of what the machine did in the same run, by all
-    threads (None for entries with fewer)."""
+    """One entry's time. Ratios: the other's time over this one's. ``bandwidth`` and ``sgemm``: shares of what
+    the machine did in the same run, by all threads (None for entries with fewer)."""
 
     shape: str
     tokens: int
@@ -45,6 +46,9 @@ class Row:
     high_ms: float
     ratio_to_best_other: float | None
     ratio_to_eager: float | None
+    ratio_to_dense: float | None
+    ratio_to_float32: float | None
+    ratio_to_one_thread: float | None
     bandwidth: float | None
     sgemm: float | None
     foreign_cores: float | None
@@ -65,7 +69,11 @@ def make_rows(
         given, seconds = inputs[entry.routing], median[entry]
         low, high = _quartiles(times)
         others = [t for other, t in median.items() if _rivals(entry, other)]
-        eager = median.get(Entry("eager", entry.layer_dtype, entry.threads, entry.routing))
+
+        def ratio(seconds: float = seconds, entry: Entry = entry, **changed: Any) -> float | None:
+            other = replace(entry, **changed)
+            return round(median[other] / seconds, 3) if other in median and other != entry else None
+
         # A block of quantised weights has a scale of float32.
         bits = BITS[entry.dtype] + (32 / BLOCK if entry.dtype in KINDS else 0)
         nbytes = given.active * shape.expert_bytes(1) * bits / 8
@@ -82,7 +90,10 @@ def make_rows(
                 round(low * 1e3, 4),
                 round(high * 1e3, 4),
                 round(min(others) / seconds, 3) if others else None,
-                round(eager / seconds, 3) if eager is not None else None,
+                1.0 if entry.contestant == "eager" else ratio(contestant="eager"),
+                ratio(contestant="dense"),
+                ratio(layer_dtype="float32"),
+                ratio(threads=1),
                 round(nbytes / seconds / 1e9 / peaks[0], 3) if alone else None,
                 round(shape.flops(given.ids.size) / seconds / 1e9 / peaks[1], 3) if alone else None,
                 foreign_cores,
@@ -145,6 +156,9 @@ def markdown(rows: Sequence[Row]) -> str:
     measures = (
         ("against the best other", "ratio_to_best_other", _number),
         ("against eager", "ratio_to_eager", _number),
+        ("against dense", "ratio_to_dense", _number),
+        ("against float32", "ratio_to_float32", _number),
+        ("against one thread", "ratio_to_one_thread", _number),
         ("of the bandwidth", "bandwidth", _percent),
         ("of SGEMM", "sgemm", _percent),
     )

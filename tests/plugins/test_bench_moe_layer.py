@@ -139,6 +139,12 @@ def test_dtypes_threads_and_routings_share_one_table(
     assert ("dense", "float32", 1, "zipf") not in found
     # Two contestants in both dtypes, one in float32, three routings; dense with one-hot in both dtypes.
     assert len(rows) == 2 * ((2 * 2 + 1) * 3 + 2)
+    for row in rows:
+        assert (row["ratio_to_dense"] is None) == (
+            row["routing"] != "one-hot" or row["contestant"] == "dense"
+        )
+        assert (row["ratio_to_float32"] is None) == (row["dtype"] == "float32")
+        assert (row["ratio_to_one_thread"] is None) == (row["threads"] == 1)
     out = capsys.readouterr().out
     assert "expert-loop, 1 threads: left out: ONNX Runtime's CPU kernels multiply no bfloat16" in out
     assert "| contestant | dtype | threads | routing | tiny 5 |" in out

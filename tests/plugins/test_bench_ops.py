@@ -27,20 +27,8 @@ def test_a_short_run_measures_every_op_and_size(tmp_path: Path, capsys: pytest.C
     from bench_ops import SIZES, main
 
     out = tmp_path / "rows.json"
-    arguments = [
-        "--tokens",
-        "3",
-        "--rounds",
-        "1",
-        "--threads",
-        "1",
-        "--tries",
-        "1",
-        "--json",
-        str(out),
-        "--markdown",
-    ]
-    assert main(arguments) == 0
+    arguments = ["--tokens", "3", "--rounds", "1", "--threads", "1", "--tries", "1", "--json", str(out)]
+    assert main([*arguments, "--markdown"]) == 0
     rows = json.loads(out.read_text())
     ops = {row["op"] for row in rows}
     assert ops == {"Router", "Dispatch", "GroupedMatMul", "Combine"}
