@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ExportError, UsageError, choices_text
 from ..progress import NullProgress, Progress
 from ..schema import DTYPES, Decision, ModelIO, MoELayer
+from .from_shapes import trace_from_shapes
 from .sources import LoadedSource, load_source
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def export_model(
     )
     require_adapters(loaded.module)
     with progress.stage("trace"):
-        graph, io = _trace(loaded, dtype, opset)
+        graph, io, notes = _trace(loaded, dtype, opset)
     layers = name_moe_values(graph)
     for node in graph.graph.all_nodes():
         node.metadata_props.clear()
@@ -120,7 +121,14 @@ def export_model(
     graph.metadata_props.clear()
     graph.producer_name = "moe-export"
     return ExportedModel(
-        graph, io, layers, loaded, dtype, opset, float32_weights=_float32_weights(loaded.module)
+        graph,
+        io,
+        layers,
+        loaded,
+        dtype,
+        opset,
+        notes=notes,
+        float32_weights=_float32_weights(loaded.module),
     )
 
 
@@ -133,7 +141,7 @@ def _float32_weights(model: nn.Module) -> frozenset[str]:
     return frozenset(f"model.{name}" for name in computed | float32_names(model, "bfloat16"))
 
 
-def _trace(loaded: LoadedSource, dtype: str, opset: int) -> tuple[ir.Model, ModelIO]:
+def _trace(loaded: LoadedSource, dtype: str, opset: int) -> tuple[ir.Model, ModelIO, tuple[str, ...]]:
     from ..models.adapted import check_adapters
     from ..models.precision import as_float16
     from . import graphs
@@ -145,18 +153,20 @@ def _trace(loaded: LoadedSource, dtype: str, opset: int) -> tuple[ir.Model, Mode
         name: t.half() if dtype == "float16" and t.is_floating_point() else t
         for name, t in loaded.inputs.items()
     }
+    notes: tuple[str, ...] = ()
     if loaded.kind == "module":
         check_adapters(model, lambda: graphs.run_module(model, sample))
     with hooked(model, family):
         if loaded.kind == "module":
-            plan = graphs.module_graph(model, sample, loaded.dynamic)
+            graph, io = trace(graphs.module_graph(model, sample, loaded.dynamic), opset)
         elif loaded.stored is not None:
-            plan = graphs.from_shapes(lambda: _library_graph(model, loaded))
+            graph, io, notes = trace_from_shapes(
+                model, lambda: _library_graph(model, loaded), opset, loaded.stored
+            )
         else:
-            plan = _library_graph(model, loaded)
-        graph, io = trace(plan, opset, loaded.stored)
+            graph, io = trace(_library_graph(model, loaded), opset)
         _check_experts_traced(moe_layer_names(model), graph)
-    return graph, io
+    return graph, io, notes
 
 
 def _library_graph(model: Any, loaded: LoadedSource) -> TracedGraph:

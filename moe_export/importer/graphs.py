@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ..errors import ExportError, MoeExportError, UsageError
+from ..errors import MoeExportError, UsageError
 from ..models.reference import named_outputs
 from ..schema import ModelIO, TensorSpec
 from .cache import CacheSlot, fill_cache, plan_cache
@@ -141,27 +139,6 @@ def decoder_graph(model: PreTrainedModel) -> TracedGraph:
     return TracedGraph(
         DecoderGraph(model, slots, with_positions), tuple(sample), ModelIO(tuple(inputs), tuple(outputs))
     )
-
-
-def from_shapes(make: Callable[[], TracedGraph]) -> TracedGraph:
-    """``make``'s plan, from shapes alone: what it runs of the model is not computed.
-
-    Raises:
-        ExportError: the model looks at values before it knows what to compute.
-    """
-    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            plan = make()
-    except DataDependentOutputException as error:
-        raise ExportError(
-            f"the model decides by values what it computes ({error}), so it cannot be traced from shapes "
-            "alone; export with --weights load"
-        ) from error
-    # Any values do: only shapes and dtypes of the sample reach the trace.
-    sample = tuple(torch.ones(tuple(t.shape), dtype=t.dtype) for t in plan.sample)
-    return dataclasses.replace(plan, sample=sample)
 
 
 def feature_output(model: PreTrainedModel, results: Any) -> str:

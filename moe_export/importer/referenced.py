@@ -33,6 +33,8 @@ def refer_to_weights(model: ir.Model, stored: StoredWeights, prefix: str = "mode
     Raises:
         ExportError: a weight of the graph is none of the model, so that nobody knows its values.
     """
+    import onnx_ir as ir
+
     graph = model.graph
     for value in list(graph.initializers.values()):
         name = (value.name or "").removeprefix(prefix)
@@ -45,7 +47,11 @@ def refer_to_weights(model: ir.Model, stored: StoredWeights, prefix: str = "mode
                     "loaded; export with --weights load"
                 )
             continue
-        if held is None or held.size <= INLINE:
+        if held is None:
+            continue
+        if held.size <= INLINE:
+            dtype = held.dtype
+            value.const_value = ir.tensor(_numpy(stored, name, dtype), dtype=dtype, name=value.name)
             continue
         tensor = _tensor(stored, name, source, value)
         value.const_value = tensor
@@ -157,7 +163,7 @@ def _cast_output(graph: ir.Graph, node: ir.Node, stored: ir.DataType, wanted: ir
 
     out = node.outputs[0]
     cast = ir.node("Cast", [out], attributes={"to": wanted.value})
-    cast.outputs[0].shape, cast.outputs[0].dtype = out.shape, wanted
+    cast.outputs[0].shape, cast.outputs[0].type = out.shape, ir.TensorType(wanted)
     users = list(out.uses())
     name, out.name = out.name, f"{out.name}.{stored.name.lower()}"
     cast.outputs[0].name = name

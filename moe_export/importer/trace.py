@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -133,12 +133,16 @@ def check_opset(opset: int) -> None:
 
 
 def trace(
-    plan: TracedGraph, opset: int, stored: StoredWeights | None = None
+    plan: TracedGraph,
+    opset: int,
+    stored: StoredWeights | None = None,
+    complete: Callable[[ir.Model, ModelIO], ModelIO] | None = None,
 ) -> tuple[ir.Model, ModelIO]:
     """Trace, check, and translate to ONNX with our ops as nodes and their bodies as functions.
 
     ``stored``: the model is hollow, and this says where its weights lie; the graph then refers to them there,
     and the traced program is not run beside the model, which would need the weights.
+    ``complete``: adds to the graph and its inputs and outputs what was not traced.
 
     Returns the model and its inputs and outputs with every dimension named.
 
@@ -176,6 +180,7 @@ def trace(
         except torch.onnx.errors.OnnxExporterError as error:
             raise ExportError(f"the traced model has no ONNX form: {first_line(error)}") from error
         assert exported is not None
+        io = plan.io if complete is None else complete(exported.model, plan.io)
         if stored is not None:
             refer_to_weights(exported.model, stored)
             with weights_where_they_lie():
@@ -184,7 +189,7 @@ def trace(
 
         apply_onnx_ir_fixes(exported)
     model = exported.model
-    io = _resolve_outputs(model, plan.io, symbols)
+    io = _resolve_outputs(model, io, symbols)
     _name_io(model, io)
     attach_functions(model, opset)
     return model, io

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,21 @@ from moe_export.errors import SourceError
 from moe_export.importer import hollow
 from moe_export.importer.checkpoint import inspect_checkpoint
 from moe_export.importer.export import export_model
+from moe_export.importer.layer_kinds import only_first_layers, shortest_prefix
 from moe_export.importer.sources import load_source
 from moe_export.importer.weight_sources import Converted, PerExpert, stored_weights
-from moe_export.models.families import FAMILIES, tiny_model
+from moe_export.models.families import FAMILIES
+from moe_export.models.families.tiny import build_tiny
 
 RANDOM_BUFFERS = {"zaya": "balancing_biases"}
 """Buffers that no checkpoint holds and that the tiny model draws at random."""
 
 
-def saved(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    model = tiny_model(family, model_class=FAMILIES[family].classes[0]).to(dtype)
+def saved(family: str, folder: Path, dtype: torch.dtype = torch.float32, layers: int = 0) -> Any:
+    entry = FAMILIES[family]
+    if layers:
+        entry = dataclasses.replace(entry, tiny={**entry.tiny, "num_hidden_layers": layers})
+    model = build_tiny(entry, model_class=entry.classes[0]).to(dtype)
     model.save_pretrained(folder)
     return model
 
@@ -121,18 +127,31 @@ def run(folder: Path, io: Any) -> list[np.ndarray[Any, Any]]:
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str
+    ("family", "layers", "traced", "dtype"),
+    [
+        ("mixtral", 5, "3 of 5 layers were traced", torch.bfloat16),
+        pytest.param("mixtral", 2, "", torch.float32, marks=pytest.mark.slow),
+        pytest.param("deepseek_v3", 7, "of 7 layers were traced", torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param("olmoe", 5, "3 of 5 layers were traced", torch.float32, marks=pytest.mark.slow),
+    ],
 )
 def test_an_engine_by_reference_gives_the_loaded_ones_numbers(
-    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    layers: int,
+    traced: str,
+    dtype: torch.dtype,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(hollow, "SMALL", 8192)
-    saved("mixtral", tmp_path / "source", dtype)
+    saved(family, tmp_path / "source", dtype, layers)
     results, notes = [], []
     for by_reference in (True, False):
         folder = tmp_path / f"engine-{by_reference}"
         folder.mkdir()
         exported = export_model(load_source(tmp_path / "source", hollow=by_reference))
+        assert [n for n in exported.notes if "traced" in n] == [] or by_reference
+        assert not (by_reference and traced) or traced in exported.notes[0]
         lowered = get_backend("portable").build(exported, folder, {})
         results.append(run(folder, lowered.io))
         notes.append([note for note in lowered.notes if note.startswith("weights: ")])
@@ -142,3 +161,21 @@ def test_an_engine_by_reference_gives_the_loaded_ones_numbers(
     assert not notes[1]
     shard = tmp_path / "engine-True" / "checkpoint" / "model.safetensors"
     assert os.path.samefile(shard, tmp_path / "source" / "model.safetensors")
+
+
+def test_prefixes_hold_each_kind_two_times_after_the_first_layer() -> None:
+    assert shortest_prefix(["a"] * 4) == 3
+    assert shortest_prefix(["a"] * 2) is None
+    assert shortest_prefix(["d", "d", "d", "m", "m", "m", "m"]) == 5
+    assert shortest_prefix(["s", "f", "s", "f", "s", "f", "s", "f"]) == 5
+    assert shortest_prefix(["a", "b", "c"]) is None
+
+
+def test_a_shortened_model_is_whole_again_afterwards(tmp_path: Path) -> None:
+    model = saved("gpt_oss", tmp_path, layers=6)
+    types = list(model.config.layer_types)
+    with only_first_layers(model, "model.layers", 4):
+        assert len(model.model.layers) == 4 == model.config.num_hidden_layers
+        assert model.config.layer_types == types[:4]
+    assert len(model.model.layers) == 6 == model.config.num_hidden_layers
+    assert model.config.layer_types == types
