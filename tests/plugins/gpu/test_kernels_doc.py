@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from moe_export_plugins.gpu.checks import problems
 from moe_export_plugins.gpu.compile import compile_kernels
 from moe_export_plugins.gpu.contract import CONTRACTS
 from moe_export_plugins.gpu.matrix import SMS, requests, table_row
@@ -47,12 +48,15 @@ def test_table_has_every_kernel_and_some_are_compiled_again() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_whole_page_is_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = load("generate_kernels_doc")
-    monkeypatch.setattr("sys.argv", ["generate_kernels_doc.py", "--check"])
-    assert generator.main() == 0
-    page = generator.page(compile_kernels(requests()))
-    assert all(name in page for name in SMS)
+def test_whole_matrix_fulfils_the_checks_and_the_page_is_fresh() -> None:
+    kernels = compile_kernels(requests())
+    assert [(*table_row(k)[:4], p) for k in kernels for p in problems(k)] == []
+    for kernel in kernels:
+        if CONTRACTS[kernel.kernel].is_gemm and kernel.tile.rows >= 64:
+            word = {"sm_90a": "HGMMA", "sm_100a": "UTCHMMA"}.get(kernel.sm, "HMMA")
+            assert set(kernel.tensor_instructions) == {word}
+    assert {k.sm for k in kernels} == set(SMS)
+    assert PAGE.read_text(encoding="utf-8") == load("generate_kernels_doc").page(kernels)
 
 
 def test_table_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
