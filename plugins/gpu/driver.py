@@ -70,6 +70,7 @@ class CudaDriver:
             ) from None
         self._cuda = driver
         self._libraries: dict[bytes, Any] = {}
+        self._devices: dict[int, Device] = {}
         try:
             self._call("cuInit", 0)
             found = self.count()
@@ -102,6 +103,12 @@ class CudaDriver:
         return int(handle)
 
     def device(self) -> Device:
+        context = int(self._call("cuCtxGetCurrent"))
+        if context not in self._devices:
+            self._devices[context] = self._look(context)
+        return self._devices[context]
+
+    def _look(self, context: int) -> Device:
         handle = self._call("cuCtxGetDevice")
         wanted = self._cuda.CUdevice_attribute
         major, minor, shared = (
@@ -113,7 +120,6 @@ class CudaDriver:
             )
         )
         name = bytes(self._call("cuDeviceGetName", 96, handle)).split(b"\0")[0].decode(errors="replace")
-        context = int(self._call("cuCtxGetCurrent"))
         return Device(major * 10 + minor, int(self._call("cuDriverGetVersion")), shared, name, context)
 
     def load(self, image: bytes, name: str, shared: int) -> Any:

@@ -20,7 +20,7 @@ int cuInit(unsigned flags) { return getenv("INIT_FAILS") ? 100 : (int)flags; }
 int cuDriverGetVersion(int* version) { return *version = 13000, 0; }
 int cuDeviceGetCount(int* count) { return *count = getenv("NO_DEVICE") ? 0 : 1, 0; }
 int cuDeviceGet(int* device, int index) { return *device = index, 0; }
-int cuCtxGetDevice(int* device) { return *device = 0, 0; }
+int cuCtxGetDevice(int* device) { return record("device\n"), *device = 0, 0; }
 int cuCtxGetCurrent(void** context) { return *context = (void*)0xC0, 0; }
 int cuCtxSetCurrent(void* context) { return context == (void*)0xC0 ? 0 : 201; }
 int cuDevicePrimaryCtxRetain(void** context, int device) { return *context = (void*)0xC0, device; }

@@ -23,6 +23,7 @@ from moe_export_plugins.gpu.driver import CudaDriver
 driver = CudaDriver()
 driver.open(0)
 device = driver.device()
+assert driver.device() is device
 assert (device.sm, device.driver, device.shared_limit, device.name) == (89, 13000, 101376, "recorder"), device
 for image, shared in ((b"\\x7fELFabcdef", 60000), (b"\\x7fELFabcdef", 1024), (b"//  ptx text", 0)):
     kernel = driver.load(image, "entry", shared)
@@ -71,9 +72,12 @@ def test_what_the_driver_is_given(library: Path, tmp_path: Path) -> None:
     run(library, LAUNCH, record, PARAMETER_BYTES="8,4,8")
     launched = "launch 0x33 3,2,1 128,1,1 {} 0x4d (nil) 1099511627777 -5 9"
     assert record.read_text().splitlines() == [
+        # The device is looked at once per context.
+        "device",
         # A library is loaded once; shared memory is asked for only above 48 KiB; PTX ends in a NUL.
         "load ELFa 6 0 0",
         "kernel 0x11 entry",
+        "device",
         "attribute 8 60000 0x22 0",
         launched.format(60000),
         "kernel 0x11 entry",
