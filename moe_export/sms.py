@@ -42,7 +42,7 @@ SMS: dict[int, Sm] = {
 }
 
 FIRST_SM: dict[str, dict[str, int]] = {
-    "tensorrt-rtx": {"float32": 75, "float16": 75, "bfloat16": 80, "float8": 89, "mxfp8": 89, "nvfp4": 120},
+    "tensorrt-rtx": {"float32": 80, "float16": 75, "bfloat16": 80, "float8": 89, "mxfp8": 89, "nvfp4": 120},
     "tensorrt": {"float32": 75, "float16": 75, "bfloat16": 80, "float8": 89, "mxfp8": 100, "nvfp4": 100},
 }
 """Target → dtype → the lowest SM that computes in it. moe-export writes the first three."""

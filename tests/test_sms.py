@@ -26,6 +26,7 @@ RTX: dict[str, Any] = {"target": "tensorrt-rtx"}
         ({**RTX, "sm": ("80",)}, "sm: expected whole numbers"),
         ({"sm": (80,)}, "target onnxruntime builds for no GPU; .*tensorrt-rtx, tensorrt"),
         ({**RTX, "sm": (75, 89), "dtype": "bfloat16"}, r"SM75 \(T4.* bfloat16, which needs SM80"),
+        ({**RTX, "sm": (75,)}, r"SM75 \(T4.* float32, which needs SM80 .*; dtypes of SM75: float16"),
         ({**RTX, "sm": (80,), "dtype": "float8"}, "SM80 .* does not compute in float8, which needs SM89"),
         ({**RTX, "sm": (89,), "dtype": "nvfp4"}, "nvfp4, which needs SM120 or later"),
         ({**RTX, "sm": (89,), "dtype": "float8"}, "writes no float8 .*choices: float32, float16"),

@@ -19,6 +19,7 @@ from moe_export.backends.trt import build_engine
 from moe_export.backends.trt.child import run_builder
 from moe_export.backends.trt.library import library_problem, make_link_folder
 from moe_export.errors import BuildError, EnvironmentLacksError
+from moe_export.sms import FIRST_SM, sms_of
 from tests.backends.trt.small import recipe, write_network
 
 
@@ -37,6 +38,17 @@ def test_plans_for_three_sms(tmp_path: Path, dtype: str) -> None:
         assert len(listed) == engine.layers and {"name", "kind", "onnx"} == set(listed[0])
         assert any(layer["onnx"] for layer in listed)
     assert not [p for p in tmp_path.iterdir() if p.name.endswith(".partial")]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_the_table_of_sms_and_dtypes_is_what_tensorrt_says(tmp_path: Path, dtype: str) -> None:
+    first = FIRST_SM["tensorrt-rtx"][dtype]
+    takes = [sm for sm in sms_of("tensorrt-rtx") if sm >= first]
+    write_network(tmp_path, dtype)
+    assert [e.sm for e in run_builder(recipe(takes, dtype), tmp_path)] == takes
+    for sm in set(sms_of("tensorrt-rtx")) - set(takes):
+        with pytest.raises(BuildError, match=f"no plan for SM{sm}: .*Cannot compile"):
+            run_builder(recipe([sm], dtype), tmp_path)
 
 
 def test_a_profile_of_ten_times_the_rows_takes_more_memory(tmp_path: Path) -> None:

@@ -189,7 +189,10 @@ def test_without_a_gpu_the_sm_must_be_named(model: torch.nn.Module, tmp_path: Pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sm": (75,), "expert_lowering": "plugin"}, "no kernels for SM75; it has .*take native"),
+        (
+            {"sm": (75,), "dtype": "float16", "expert_lowering": "plugin"},
+            "no kernels for SM75; it has .*take native",
+        ),
         ({"sm": (80,), "max_sequence": 10**7}, "beyond the .* positions the model was made for"),
     ],
 )
