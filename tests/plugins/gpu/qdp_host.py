@@ -274,8 +274,10 @@ def drive(
     sys.modules["tensorrt.plugin._tensor"].SymIntExpr._exprBuilder = None  # type: ignore[attr-defined]
     namespace, name = plugin_id.split("::")
     creator = trt.get_plugin_registry().get_creator(name, "1", namespace)
+    # As the ONNX parser gives them (measured): 32-bit numbers, in the order of the creator's field names.
+    kinds = {int: (np.int32, trt.PluginFieldType.INT32), float: (np.float32, trt.PluginFieldType.FLOAT32)}
     fields = trt.PluginFieldCollection(
-        trt.PluginField(k, np.array([v]), trt.PluginFieldType.INT64) for k, v in attributes.items()
+        trt.PluginField(k, np.array([v], kinds[type(v)][0]), kinds[type(v)][1]) for k, v in attributes.items()
     )
     plugin = creator.create_plugin(
         name, namespace, fields, trt.TensorRTPhase.BUILD, trt.QuickPluginCreationRequest.STRICT_AOT

@@ -51,7 +51,9 @@ def constants_of(plugin: AotPlugin, **more: Any) -> dict[str, Any]:
     given = {k: v for k, v in {**CONSTANTS, **more}.items() if k in known}
     if "biased" in known:
         given["biased"] = int(plugin.biased)
-    return plugin.contract.complete(given)
+    full = plugin.contract.complete(given)
+    # ONNX keeps floats in 32 bits.
+    return {k: float(np.float32(v)) if isinstance(v, float) else v for k, v in full.items()}
 
 
 def inputs_of(plugin: AotPlugin, constants: Mapping[str, Any], tile: Tile, dtype: str) -> list[Tensor]:
