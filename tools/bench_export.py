@@ -1,0 +1,204 @@
+"""What exporting a checkpoint costs: memory, time and disk, beside one sequential read of its files.
+
+    python tools/bench_export.py                                         # 12 GB: 4 layers of Mixtral 8x7B
+    python tools/bench_export.py --model mixtral-8x7b --layers 0 --sparse     # 32 layers, holes for weights
+
+Writes a checkpoint of the model's shapes (``--sparse``: holes, which take no space), reads it once from front
+to back after dropping it from the page cache, exports it in a child process, and loads and runs the result in
+ONNX Runtime in another. Memory is the largest resident set of a child; ``export`` is compared with a child
+that only imports the libraries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from synthetic_checkpoint import write_checkpoint
+
+GIB = 2**30
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="mixtral-8x7b", help="a preset (moe-export list presets)")
+    parser.add_argument("--layers", type=int, default=4, help="first layers of the model; 0: all")
+    parser.add_argument("--sparse", action="store_true", help="holes in place of weights")
+    parser.add_argument("--folder", type=Path, help="where to work  [default: a temporary folder]")
+    parser.add_argument("--no-run", action="store_true", help="do not load the result in ONNX Runtime")
+    parser.add_argument("--json", type=Path, help="write the result here, too")
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.child:
+        task, *given = options.child
+        print(json.dumps(_measured(lambda: CHILDREN[task](*given))))
+        return 0
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        result = measure(
+            Path(name), options.model, options.layers or None, options.sparse, not options.no_run
+        )
+    print_result(result)
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def measure(folder: Path, model: str, layers: int | None, sparse: bool, run: bool) -> dict[str, Any]:
+    """Everything that is printed, in bytes and seconds."""
+    checkpoint, output = folder / "checkpoint", folder / "export"
+    weights = write_checkpoint(checkpoint, model, layers, sparse=sparse)
+    files = sorted(checkpoint.iterdir())
+    os.sync()
+    libraries = _child("libraries")
+    read_s = _read_once(files)
+    _forget(files)
+    exported = _child("export", str(checkpoint), str(output))
+    own = [p for p in output.rglob("*") if p.is_file() and p.stat().st_nlink == 1]
+    result: dict[str, Any] = {
+        "model": model,
+        "layers": layers,
+        "sparse": sparse,
+        "weight_bytes": weights,
+        "read_s": read_s,
+        "export_s": exported["seconds"],
+        "export_to_read": exported["seconds"] / read_s,
+        "libraries_rss": libraries["peak_rss"],
+        "export_rss": exported["peak_rss"],
+        "written_bytes": sum(p.stat().st_size for p in own),
+        "notes": exported["result"],
+    }
+    if run:
+        _forget(files)
+        loaded = _child("load", str(output))
+        result |= {"load_rss": loaded["peak_rss"], "load_s": loaded["seconds"]}
+        result["run"] = _child("run", str(output))["result"]
+    shutil.rmtree(output)
+    return result
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """A Markdown table of one measurement."""
+    layers = f"first {result['layers']} layers" if result["layers"] else "all layers"
+    over = result["export_rss"] - result["libraries_rss"]
+    rows = [
+        ("weights", f"{result['weight_bytes'] / 1e9:.1f} GB{', holes' if result['sparse'] else ''}"),
+        ("one sequential read", f"{result['read_s']:.1f} s"),
+        ("export", f"{result['export_s']:.1f} s, {result['export_to_read']:.2f} times the read"),
+        ("peak memory of the export", f"{over / GIB:.2f} GiB above the libraries' alone"),
+        ("written", f"{result['written_bytes'] / 1e6:.1f} MB, {_share(result):.3%} of the weights"),
+    ]
+    if "load_rss" in result:
+        rows.append(("peak memory of loading it in ONNX Runtime", f"{result['load_rss'] / GIB:.2f} GiB"))
+        rows.append(("and one token", result["run"]))
+    print(f"| {result['model']}, {layers} | |\n|---|---|")
+    for name, text in rows:
+        print(f"| {name} | {text} |")
+    for note in result["notes"]:
+        print(f"note: {note}")
+
+
+def _share(result: dict[str, Any]) -> float:
+    return float(result["written_bytes"] / result["weight_bytes"])
+
+
+def _child(*task: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--child", *task]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{task[0]} failed: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def _measured(work: Callable[[], Any]) -> dict[str, Any]:
+    begin = time.perf_counter()
+    result = work()
+    seconds = time.perf_counter() - begin
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"result": result, "seconds": seconds, "peak_rss": peak}
+
+
+def _libraries() -> None:
+    import onnx
+    import onnxruntime
+    import onnxscript
+    import torch.onnx
+    import transformers
+
+    assert onnx and onnxruntime and onnxscript and torch.onnx and transformers.MixtralForCausalLM
+
+
+def _export(source: str, output: str) -> list[str]:
+    from moe_export import export
+    from moe_export.bundle.reader import open_bundle
+
+    export(source, output, weights="reference")
+    return list(open_bundle(output, trust=True).manifest.notes)
+
+
+def _load(folder: str) -> Any:
+    import onnxruntime
+
+    return bool(_session(folder).get_inputs()) and str(onnxruntime.__version__)
+
+
+def _run(folder: str) -> str:
+    import numpy as np
+
+    session = _session(folder)
+    sizes = {"batch": 1, "sequence": 1, "past": 0, "total": 1}
+    feeds = {}
+    for i in session.get_inputs():
+        shape = [sizes.get(d, d) for d in i.shape]
+        feeds[i.name] = np.ones(shape, np.int64) if "int" in i.type else np.zeros(shape, np.float32)
+    logits = session.run(["logits"], feeds)[0]
+    return f"logits {list(logits.shape)}, {'finite' if np.isfinite(logits).all() else 'NOT FINITE'}"
+
+
+def _session(folder: str) -> Any:
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(Path(folder) / "model.onnx", providers=["CPUExecutionProvider"])
+
+
+CHILDREN: dict[str, Callable[..., Any]] = {
+    "libraries": _libraries,
+    "export": _export,
+    "load": _load,
+    "run": _run,
+}
+
+
+def _forget(files: list[Path]) -> None:
+    """Drop files from the page cache."""
+    for path in files:
+        with path.open("rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _read_once(files: list[Path]) -> float:
+    _forget(files)
+    buffer = bytearray(16 << 20)
+    begin = time.perf_counter()
+    for path in files:
+        with path.open("rb", buffering=0) as stream:
+            while stream.readinto(buffer):
+                pass
+    return time.perf_counter() - begin
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
