@@ -97,33 +97,51 @@ def test_a_builder_that_dies_takes_nobody_with_it(tmp_path: Path, body: str, mes
         run_builder(recipe([89], plugins=["dies.py"], kernels="k"), tmp_path)
 
 
+SLEEPER = """
+import os, time
+def register(trt, kernels):
+    open({note!r}, "w").write(str(os.getpid()))
+    time.sleep(120)
+"""
+BUILD = """
+import shutil
+from moe_export.backends.trt.child import run_builder
+from moe_export.bundle import BundleWriter
+from tests.backends.trt.small import recipe
+with BundleWriter("out") as writer:
+    for name in ("model.onnx", "sleeps.py"):
+        shutil.copyfile(name, writer.path / name)
+    run_builder(recipe([89], plugins=["sleeps.py"], kernels="k"), writer.path)
+"""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends the child on Linux only")
-def test_a_killed_build_leaves_no_builder_behind(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_build_leaves_no_builder_and_no_bundle(tmp_path: Path, number: signal.Signals) -> None:
     write_network(tmp_path)
-    sleeper = (
-        "import os, time\ndef register(trt, kernels):\n    open('child.pid', 'w').write(str(os.getpid()))\n"
-    )
-    (tmp_path / "sleeps.py").write_text(sleeper + "    time.sleep(120)\n")
-    script = (
-        "import sys\nfrom pathlib import Path\nfrom moe_export.backends.trt.child import run_builder\n"
-        "from tests.backends.trt.small import recipe\n"
-        "run_builder(recipe([89], plugins=['sleeps.py'], kernels='k'), Path('.'))\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
-    parent = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=environment)
     note = tmp_path / "child.pid"
+    (tmp_path / "sleeps.py").write_text(SLEEPER.format(note=str(note)))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    parent = subprocess.Popen([sys.executable, "-c", BUILD], cwd=tmp_path, env=environment)
     deadline = time.monotonic() + 60
     while not (note.exists() and note.read_text()) and time.monotonic() < deadline:
         time.sleep(0.1)
     child = int(note.read_text())
-    parent.send_signal(signal.SIGKILL)
+    parent.send_signal(number)
     parent.wait()
-    while psutil.pid_exists(child) and time.monotonic() < deadline:
-        if psutil.Process(child).status() == psutil.STATUS_ZOMBIE:
-            break
+    while _runs(child) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
-    assert not list(tmp_path.glob("*.plan*"))
+    assert not _runs(child)
+    assert not (tmp_path / "out").exists()
+    if number == signal.SIGTERM:
+        assert not list(tmp_path.glob(".out.partial*")), "what SIGKILL leaves, the next build removes"
+
+
+def _runs(process: int) -> bool:
+    try:
+        return bool(psutil.Process(process).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_the_link_folder_gives_the_wheels_libraries_their_bare_names(tmp_path: Path) -> None:
