@@ -1,6 +1,7 @@
 """Checkpoints of published models' shapes with made-up weights.
 
-They are laid out as save_pretrained() of transformers does: one matrix per expert where published ones have it.
+They are laid out as save_pretrained() of transformers does: one matrix per expert where published ones have
+that.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def _stored(value: ir.Value, tensor: ir.TensorProtocol) -> ir.Value:
     rounded = ir.LazyTensor(
         lambda: ir.tensor(tensor.numpy().astype(ml_dtypes.bfloat16)),
         dtype=ir.DataType.BFLOAT16,
-        shape=ir.Shape(tensor.shape),
+        shape=ir.Shape(list(value.shape or ())),
         name=name,
     )
     stored = ir.Value(name=name, const_value=rounded)
