@@ -15,7 +15,7 @@ command -v cmake >/dev/null && command -v ninja >/dev/null || "$venv/bin/python"
 
 folder=build/aarch64
 mkdir -p build
-cmake -S plugins/cpu -B "$folder" -G Ninja -DMOE_EXPORT_TESTS=ON \
+cmake -S plugins/cpu -B "$folder" -G Ninja -DMOE_EXPORT_TESTS=ON -DMOE_EXPORT_WERROR=ON \
     -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ >"$folder.log" || { cat "$folder.log"; exit 1; }
 cmake --build "$folder" >"$folder.log" || { cat "$folder.log"; exit 1; }
 run() { qemu-aarch64-static -L /usr/aarch64-linux-gnu "$@"; }

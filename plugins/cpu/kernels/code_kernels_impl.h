@@ -1,5 +1,5 @@
-// Products with weights that are codes of 8 or 4 bits, and their conversion to float32, for the instruction set
-// that the including unit is compiled for. Part of micro_kernels_impl.h.
+// Products with weights that are codes of 8 or 4 bits, and their conversion to float32, for the instruction
+// set that the including unit is compiled for. Part of micro_kernels_impl.h.
 
 #ifndef MOE_EXPORT_PLUGINS_CPU_KERNELS_CODE_KERNELS_IMPL_H_
 #define MOE_EXPORT_PLUGINS_CPU_KERNELS_CODE_KERNELS_IMPL_H_
@@ -11,8 +11,8 @@
 namespace moe_export::cpu {
 namespace {
 
-// Bytes that a tile prefetches ahead in the codes, and floats in the scales: both are read once, from start to
-// end, and a prefetcher of the processor stops at each page.
+// Bytes that a tile prefetches ahead in the codes, and floats in the scales: both are read once, from start
+// to end, and a prefetcher of the processor stops at each page.
 constexpr int64_t kCodesAhead = 4096;
 constexpr int64_t kScalesAhead = 8 * kTileColumns;
 // Bytes of kWordSteps steps of a panel.
@@ -45,8 +45,8 @@ struct CodeGroup<4, kVectors> {
 template <int kBits, int kRows>
 void CodeTileOf(const float* const* rows, const char* codes, const float* scales, int64_t block,
                 int64_t depth, float* c, bool accumulate) {
-  // With few rows, the sums of a block meet the scales at its end; with more, each weight does before it meets
-  // the rows: then less is held in registers.
+  // With few rows, the sums of a block meet the scales at its end; with more, each weight does before it
+  // meets the rows: then less is held in registers.
   constexpr bool kScaleSums = kRows <= 3;
   // One row has too few independent sums to keep the processor busy.
   constexpr int kChains = kRows == 1 ? 2 : 1;

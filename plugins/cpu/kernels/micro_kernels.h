@@ -49,8 +49,8 @@ struct KernelTable {
   void (*dot[kDTypes])(int rows, const float* const* a, const void* b, int64_t stride, int64_t columns,
                        int64_t depth, float* c);
 
-  // The same product with a packed panel of codes: c[r][j] = (accumulate ? c[r][j] : 0) + sum over k < depth of
-  // a[r][k] * code[k][j] * scales[k / block * kTileColumns + j], for r < rows <= kTileRows. `depth` is a
+  // The same product with a packed panel of codes: c[r][j] = (accumulate ? c[r][j] : 0) + sum over k < depth
+  // of a[r][k] * code[k][j] * scales[k / block * kTileColumns + j], for r < rows <= kTileRows. `depth` is a
   // multiple of `block`, `block` one of 8. Prefetches a few kilobytes ahead in codes and scales.
   void (*code_tile[kCodeKinds])(int rows, const float* const* a, const void* codes, const float* scales,
                                 int64_t block, int64_t depth, float* c, bool accumulate);

@@ -16,8 +16,8 @@ struct BiasStack {
   DType dtype = DType::kFloat32;
 };
 
-// The bias of the panel's columns, in their order, as kPanelColumns floats in `to`; zeros past the last column.
-// Returns `to`, or null where there is no bias.
+// The bias of the panel's columns, in their order, as kPanelColumns floats in `to`; zeros past the last
+// column. Returns `to`, or null where there is no bias.
 const float* PanelBias(const BiasStack& bias, const MatrixStack& stack, int64_t expert, int64_t panel,
                        float* to);
 

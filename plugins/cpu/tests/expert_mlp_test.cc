@@ -55,7 +55,9 @@ Case RandomCase(std::mt19937& random) {
 }
 
 double Allowed(DType dtype) {
-  // Float32: twice what the contract allows, since relu2 squares and some layers here have a single column.
+  // Float32: twice what the contract allows. Layers here are narrower than any model's: the largest error of
+  // 1000 layers from seed 7 (portable) is 1.9e-6, of H = 520, I = 1, where an output is one product of two
+  // sums of 520 terms and nothing evens out their rounding; with relu2, which squares, it is 1.8e-6.
   // Float16 and bfloat16: one rounding of the result; the sums are in float32.
   switch (dtype) {
     case DType::kFloat32:
