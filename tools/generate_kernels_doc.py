@@ -56,7 +56,8 @@ know nothing of TensorRT; its adapters stand beside them and do no arithmetic.
 
 - `python tools/kernel_table.py` compiles all of them, prints the table below and exits with 1 when a
   kernel spills registers, takes more than 48 KiB of dynamic shared memory, lacks tensor-core
-  instructions in a matrix product, or has other parameters than its calling convention.
+  instructions in a matrix product, adds floats by atomic operations, or has other parameters than its
+  calling convention.
 - `pytest tests/plugins/gpu` compares each kernel with its op's reference, and the five in a row with
   layers of Mixtral, DeepSeek-V3 and gpt-oss. Largest error allowed, of max |reference|: float32 1e-6,
   float16 1e-3, bfloat16 6e-3. Expert ids are equal, except where the reference itself proves a tie.

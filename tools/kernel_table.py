@@ -1,8 +1,9 @@
 """Compiles the GPU kernels for every SM and prints what came out: python tools/kernel_table.py [--sm 80,90a].
 
 No GPU is needed and none is used. Exits with 1 when a kernel spills registers, takes more than 48 KiB of
-dynamic shared memory, lacks tensor-core instructions in a matrix product, or differs from its calling
-convention. The first run compiles (about a second per kernel); later runs read the cache.
+dynamic shared memory, lacks tensor-core instructions in a matrix product, adds floats by atomic operations,
+or differs from its calling convention. The first run compiles (about a second per kernel); later runs read
+the cache.
 """
 
 from __future__ import annotations

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
+
 from moe_export.errors import CheckFailed
 
 from .compile import CompiledKernel
 from .contract import MAX_SHARED_BYTES, contract
+
+_FLOAT_ATOMIC = re.compile(r"\b(?:atom|red)\.[\w.]*\bb?f(?:16|32|64)(?:x2)?\b")
 
 
 def problems(kernel: CompiledKernel) -> tuple[str, ...]:
     """Everything wrong with a compiled kernel, one line each; empty: it may be used.
 
     Registers must not spill to memory, dynamic shared memory must fit into 48 KiB, a GEMM must use tensor
-    cores, and the parameters must be those of the contract, by kind in the machine code and by name in the
-    Triton function.
+    cores, no sum of floats may depend on the order of atomic operations, and the parameters must be those of
+    the contract: by kind in the machine code, by name in the Triton function.
     """
     rules = contract(kernel.kernel)
     expected = rules.parameters(kernel.constants)
@@ -27,6 +31,10 @@ def problems(kernel: CompiledKernel) -> tuple[str, ...]:
         )
     if rules.is_gemm and not sum(kernel.tensor_instructions.values()):
         found.append("no tensor-core instruction (HMMA, HGMMA, UTCHMMA) in a matrix product")
+    if atomics := sorted(set(_FLOAT_ATOMIC.findall(kernel.ptx))):
+        found.append(
+            f"atomic operations on floats ({', '.join(atomics)}): results would depend on their order"
+        )
     if kernel.parameters != kinds:
         found.append(
             f"its parameters are {', '.join(kernel.parameters) or 'none'}; the calling convention has "

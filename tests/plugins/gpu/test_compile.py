@@ -82,6 +82,7 @@ FAULTS: dict[str, tuple[str, dict[str, Any], Tile, str]] = {
     "scalar_lost": (
         "combine", COMBINE, Tile(1, 64), "are pointer, pointer, pointer; .* has pointer, pointer, int32",
     ),
+    "adds_in_any_order": ("combine", COMBINE, Tile(1, 64), r"atomic operations on floats \(.*f16"),
     "without_tensor_cores": ("down", DOWN, Tile(16, 64, 64), "no tensor-core instruction"),
     "spills": ("down", DOWN, Tile(16, 64, 64, warps=1), "bytes of registers are spilled; expected 0"),
     "much_shared_memory": ("down", DOWN, Tile(16, 64, 64), "shared memory; expected at most 49152"),
