@@ -38,8 +38,8 @@ TRT_MOE_SMS = (100, 103, 110)
 TRT_MOE_TOKENS = 16
 """``TRT_MOE`` is slow for longer sequences (NVIDIA's documentation)."""
 GPU_OF_SM = {
-    75: "l4", 80: "a100-80", 86: "l4", 89: "l40s", 90: "h100", 100: "b200", 103: "b200", 120: "rtx-5090",
-    121: "rtx-5090",
+    75: "l4", 80: "a100-80", 86: "l4", 89: "l40s", 90: "h100", 100: "b200", 103: "b200", 110: "l4",
+    120: "rtx-5090", 121: "rtx-5090",
 }  # fmt: skip
 """A GPU of each SM whose data sheet is here; of the nearest SM where there is none."""
 
