@@ -12,10 +12,6 @@ SKEW = 2.0
 """Tokens of the fullest expert over what uniform choice predicts, that a first guess allows for."""
 GRAIN = 16
 """Buckets are multiples of it: the rows of a tensor-core tile."""
-ROOMY = 8.0
-"""Tokens of the fullest expert over the mean, that an engine's largest bucket allows for..."""
-ROOMY_ROWS = 1024
-"""...and the rows below which memory is no reason to allow for less than all."""
 
 
 def uniform_load(tokens: int, top_k: int, experts: int) -> float:
@@ -36,11 +32,3 @@ def first_guess(tokens: int, top_k: int, experts: int) -> int:
     """Rows per bucket to begin with."""
     return round_up(SKEW * uniform_load(tokens, top_k, experts), max(tokens, 1))
 
-
-def largest(tokens: int, top_k: int, experts: int) -> int:
-    """Rows of the largest bucket that an engine for at most ``tokens`` is built for.
-
-    All tokens while they are few. Beyond, :data:`ROOMY` times the mean: memory for E buckets that hold all
-    would be that of computing every expert on every token.
-    """
-    return min(tokens, max(ROOMY_ROWS, round_up(ROOMY * tokens * top_k / experts, tokens)))
