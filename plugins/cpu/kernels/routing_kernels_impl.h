@@ -1,4 +1,6 @@
-// The inner loops of Router and Combine, for the instruction set that this translation unit is compiled for.
+// The inner loops of Router and the table of them, for the instruction set that this translation unit is
+// compiled for.
+// translation unit is compiled for.
 //
 // Everything is in an unnamed namespace: units for different instruction sets must not share a copy. Include
 // only from routing_kernels_*.cc.
@@ -10,9 +12,8 @@
 #include <cstring>
 #include <limits>
 
-#include "kernels/dtype.h"
+#include "kernels/combine_rows.h"
 #include "kernels/routing_kernels.h"
-#include "kernels/simd.h"
 #include "kernels/wide_vectors.h"
 
 namespace moe_export::cpu {
@@ -45,10 +46,20 @@ void Transpose(const float* rows, int64_t row_count, int64_t experts, float* col
 
 // The scores are computed in double and rounded to float32, in place. Equal values give equal scores.
 
-// NaN in a lane whose values are all -inf. `scratch` takes count * kWideLanes doubles.
-void Softmax(float* columns, int64_t count, float* scratch) {
+// Every lane becomes what `join` makes of all lanes.
+template <typename Vector, typename Join>
+inline Vector Joined(Vector v, Join join) {
+  auto value = v[0];
+  for (int r = 1; r < kWideLanes; ++r) value = join(value, v[r]);
+  return Vector{} + value;
+}
+
+// NaN in a lane whose values are all -inf. `scratch` takes count * kWideLanes doubles. With `across`, all
+// lanes are one token.
+void Softmax(float* columns, int64_t count, bool across, float* scratch) {
   Floats highest = LoadAs<Floats>(columns);
   for (int64_t e = 1; e < count; ++e) highest = Larger(highest, LoadAs<Floats>(columns + e * kWideLanes));
+  if (across) highest = Joined(highest, [](float x, float y) { return x > y ? x : y; });
   const Doubles shift = __builtin_convertvector(highest, Doubles);
   Doubles sum{};
   for (int64_t e = 0; e < count; ++e) {
@@ -57,6 +68,7 @@ void Softmax(float* columns, int64_t count, float* scratch) {
     sum += power;
     StoreAs(power, scratch + 2 * e * kWideLanes);
   }
+  if (across) sum = Joined(sum, [](double x, double y) { return x + y; });
   const Doubles factor = 1.0 / sum;
   for (int64_t e = 0; e < count; ++e) {
     Round(LoadAs<Doubles>(scratch + 2 * e * kWideLanes) * factor, columns + e * kWideLanes);
@@ -80,23 +92,32 @@ void SqrtSoftplus(float* columns, int64_t count) {
 
 // A key is the value's bits, in an order that integers share, over the complement of its index: all keys of a
 // lane differ, and a larger key is a larger value or, among equals, a lower index. -0 counts as +0.
-inline Longs Key(Floats value, int64_t index) {
+inline Longs Key(Floats value, UnsignedLongs complement) {
   const Ints bits = (Ints)(value + 0.0f);
   const Ints ordered = bits ^ ((bits >> 31) & 0x7fffffff);
   const Longs wide = __builtin_convertvector(ordered, Longs);
-  return (Longs)(((UnsignedLongs)wide << 32) | (0xffffffffu - static_cast<uint64_t>(index)));
+  return (Longs)(((UnsignedLongs)wide << 32) | complement);
 }
 
+constexpr uint64_t kNoIndex = 0xffffffffu;  // The complement of index 0.
 constexpr int64_t kLeastKey = std::numeric_limits<int64_t>::min();
 constexpr int64_t kMostKey = std::numeric_limits<int64_t>::max();
+constexpr int kMostHeld = 8;  // Keys that fit into registers.
 
-// keys[0 .. kHeld): the largest keys below `limit`, falling.
+inline int32_t IndexOf(int64_t key) {
+  return static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(static_cast<uint64_t>(key)));
+}
+
+// keys[0 .. kHeld): the largest keys below `limit`, falling. The first row's complements are `complement`,
+// each further one's are less by `step`.
 template <int kHeld>
-inline void LargestKeys(const float* columns, int64_t count, Longs limit, Longs* keys) {
+inline void LargestKeys(const float* columns, int64_t count, UnsignedLongs complement, uint64_t step,
+                        Longs limit, Longs* keys) {
   Longs held[kHeld];
   for (int j = 0; j < kHeld; ++j) held[j] = Longs{} + kLeastKey;
   for (int64_t e = 0; e < count; ++e) {
-    Longs key = Key(LoadAs<Floats>(columns + e * kWideLanes), e);
+    Longs key = Key(LoadAs<Floats>(columns + e * kWideLanes), complement);
+    complement -= step;
     key = Chosen(key < limit, key, Longs{} + kLeastKey);
     for (int j = 0; j < kHeld; ++j) {
       const Longs less = Smaller(held[j], key);
@@ -107,22 +128,33 @@ inline void LargestKeys(const float* columns, int64_t count, Longs limit, Longs*
   for (int j = 0; j < kHeld; ++j) keys[j] = held[j];
 }
 
-// keys[k][lane], in elements of 64 bits: the `wanted` largest keys of each lane, falling. In turns of at most
-// eight, which fit into registers; a turn's keys are those below the last one's.
+// The same for `wanted` <= kMostHeld, in as few registers as that takes. Returns how many keys there are.
+inline int LargestKeys(const float* columns, int64_t count, UnsignedLongs complement, uint64_t step,
+                       Longs limit, int64_t wanted, Longs* keys) {
+  if (wanted == 1) {
+    LargestKeys<1>(columns, count, complement, step, limit, keys);
+    return 1;
+  }
+  if (wanted == 2) {
+    LargestKeys<2>(columns, count, complement, step, limit, keys);
+    return 2;
+  }
+  if (wanted <= 4) {
+    LargestKeys<4>(columns, count, complement, step, limit, keys);
+    return 4;
+  }
+  LargestKeys<kMostHeld>(columns, count, complement, step, limit, keys);
+  return kMostHeld;
+}
+
+// keys[k][lane], in elements of 64 bits: the `wanted` largest keys of each lane, falling. In turns that fit
+// into registers; a turn's keys are those below the last one's.
 void LargestOf(const float* columns, int64_t count, int64_t wanted, float* keys) {
   Longs limit = Longs{} + kMostKey;
-  for (int64_t k = 0; k < wanted; k += 8) {
-    Longs found[8];
-    const int64_t left = wanted - k < 8 ? wanted - k : 8;
-    if (left == 1) {
-      LargestKeys<1>(columns, count, limit, found);
-    } else if (left == 2) {
-      LargestKeys<2>(columns, count, limit, found);
-    } else if (left <= 4) {
-      LargestKeys<4>(columns, count, limit, found);
-    } else {
-      LargestKeys<8>(columns, count, limit, found);
-    }
+  for (int64_t k = 0; k < wanted; k += kMostHeld) {
+    Longs found[kMostHeld];
+    const int64_t left = wanted - k < kMostHeld ? wanted - k : kMostHeld;
+    LargestKeys(columns, count, UnsignedLongs{} + kNoIndex, 1, limit, left, found);
     for (int64_t j = 0; j < left; ++j) StoreAs(found[j], keys + 2 * (k + j) * kWideLanes);
     limit = found[left - 1];
   }
@@ -148,7 +180,8 @@ void MaskGroups(const RouterArgs& args, float* selection, float* scratch) {
   const Longs last = LoadAs<Longs>(keys + 2 * (args.chosen_groups - 1) * kWideLanes);
   const Floats fill = args.group_mask == GroupMask::kZero ? Floats{} : Floats{} - kInfinity;
   for (int64_t g = 0; g < args.groups; ++g) {
-    const Longs key = Key(LoadAs<Floats>(scratch + g * kWideLanes), g);
+    const UnsignedLongs complement = UnsignedLongs{} + (kNoIndex - static_cast<uint64_t>(g));
+    const Longs key = Key(LoadAs<Floats>(scratch + g * kWideLanes), complement);
     const Ints keep = __builtin_convertvector(key >= last, Ints);
     float* group = selection + g * size * kWideLanes;
     for (int64_t i = 0; i < size; ++i) {
@@ -157,20 +190,22 @@ void MaskGroups(const RouterArgs& args, float* selection, float* scratch) {
   }
 }
 
-bool Route(const RouterArgs& args, const float* logits, int64_t rows, const float* bias, float* scratch,
-           int32_t* ids, float* weights) {
+void Scores(Score score, float* columns, int64_t count, bool across, float* scratch) {
+  if (score == Score::kSoftmax) Softmax(columns, count, across, scratch);
+  if (score == Score::kSigmoid) Sigmoids(columns, count);
+  if (score == Score::kSqrtSoftplus) SqrtSoftplus(columns, count);
+}
+
+// The experts of up to kWideLanes tokens, one per lane, and their scores: `chosen` is columns.
+void SelectBlock(const RouterArgs& args, const float* logits, int64_t rows, const float* bias, float* scratch,
+                 int32_t* ids, float* chosen) {
   const int64_t experts = args.experts;
-  const int64_t top_k = args.top_k;
   float* scores = scratch;
   float* selection = scores + experts * kWideLanes;
   float* powers = selection + experts * kWideLanes;
-  float* chosen = powers + 2 * experts * kWideLanes;
-  float* keys = chosen + top_k * kWideLanes;
-  float* groups = keys + 2 * top_k * kWideLanes;
+  float* keys = powers + 2 * experts * kWideLanes;
   Transpose(logits, rows, experts, scores);
-  if (args.score == Score::kSoftmax) Softmax(scores, experts, powers);
-  if (args.score == Score::kSigmoid) Sigmoids(scores, experts);
-  if (args.score == Score::kSqrtSoftplus) SqrtSoftplus(scores, experts);
+  Scores(args.score, scores, experts, false, powers);
   if (bias == nullptr && args.groups == 1) {
     selection = scores;
   } else {
@@ -178,21 +213,54 @@ bool Route(const RouterArgs& args, const float* logits, int64_t rows, const floa
       const Floats score = LoadAs<Floats>(scores + e * kWideLanes);
       StoreAs(bias == nullptr ? score : score + bias[e], selection + e * kWideLanes);
     }
-    if (args.groups > 1) MaskGroups(args, selection, groups);
+    if (args.groups > 1) MaskGroups(args, selection, keys + 2 * args.top_k * kWideLanes);
   }
-  LargestOf(selection, experts, top_k, keys);
-  const int count = static_cast<int>(rows);
-  for (int64_t k = 0; k < top_k; ++k) {
+  LargestOf(selection, experts, args.top_k, keys);
+  for (int64_t k = 0; k < args.top_k; ++k) {
     int64_t found[kWideLanes];
     std::memcpy(found, keys + 2 * k * kWideLanes, sizeof(found));
     for (int r = 0; r < kWideLanes; ++r) {
-      const uint32_t complement = static_cast<uint32_t>(static_cast<uint64_t>(found[r]));
-      const auto id = static_cast<int32_t>(0xffffffffu - complement);
+      const int32_t id = IndexOf(found[r]);
       chosen[k * kWideLanes + r] = scores[id * kWideLanes + r];
-      if (r < count) ids[r * top_k + k] = id;
+      if (r < rows) ids[r * args.top_k + k] = id;
     }
   }
-  if (args.score == Score::kSoftmaxAfterTopK) Softmax(chosen, top_k, powers);
+}
+
+// The experts of one token without groups, top_k <= kMostHeld; all lanes of `chosen` are that token's.
+void SelectOne(const RouterArgs& args, const float* logits, const float* bias, float* scratch, int32_t* ids,
+               float* chosen) {
+  const int64_t experts = args.experts;
+  const int64_t vectors = (experts + kWideLanes - 1) / kWideLanes;
+  const int64_t padded = vectors * kWideLanes;
+  float* scores = scratch;
+  float* selection = scores + padded;
+  std::memcpy(scores, logits, static_cast<size_t>(experts) * sizeof(float));
+  for (int64_t e = experts; e < padded; ++e) scores[e] = -kInfinity;
+  Scores(args.score, scores, vectors, true, selection);
+  for (int64_t e = 0; e < experts; ++e) selection[e] = bias == nullptr ? scores[e] : scores[e] + bias[e];
+  // Of lower rank than every expert: the index is higher.
+  for (int64_t e = experts; e < padded; ++e) selection[e] = -kInfinity;
+  UnsignedLongs complement;
+  for (int r = 0; r < kWideLanes; ++r) complement[r] = kNoIndex - static_cast<uint64_t>(r);
+  Longs found[kMostHeld];
+  const int held =
+      LargestKeys(selection, vectors, complement, kWideLanes, Longs{} + kMostKey, args.top_k, found);
+  // The best of all lanes' best.
+  Longs last = Longs{} + kMostKey;
+  for (int64_t k = 0; k < args.top_k; ++k) {
+    Longs best = Longs{} + kLeastKey;
+    for (int j = 0; j < held; ++j) best = Larger(best, Chosen(found[j] < last, found[j], best));
+    last = Joined(best, [](int64_t x, int64_t y) { return x > y ? x : y; });
+    ids[k] = IndexOf(last[0]);
+    StoreAs(Floats{} + scores[ids[k]], chosen + k * kWideLanes);
+  }
+}
+
+// From the chosen scores to weights. Returns whether all are finite.
+bool Weigh(const RouterArgs& args, int64_t rows, float* chosen, float* scratch, float* weights) {
+  const int64_t top_k = args.top_k;
+  if (args.score == Score::kSoftmaxAfterTopK) Softmax(chosen, top_k, false, scratch);
   Doubles sum = Doubles{} + 1.0;
   if (args.renormalize) {
     sum = Doubles{};
@@ -206,42 +274,23 @@ bool Route(const RouterArgs& args, const float* logits, int64_t rows, const floa
     const Floats weight = LoadAs<Floats>(at) * args.scale;
     finite &= weight - weight == Floats{};
     StoreAs(weight, at);
-    for (int r = 0; r < count; ++r) weights[r * top_k + k] = at[r];
+    for (int64_t r = 0; r < rows; ++r) weights[r * top_k + k] = at[r];
   }
   bool all = true;
-  for (int r = 0; r < count; ++r) all = all && finite[r] != 0;
+  for (int64_t r = 0; r < rows; ++r) all = all && finite[r] != 0;
   return all;
 }
 
-template <typename T>
-void CombineRows(const void* rows, const int64_t* places, const float* weights, int64_t top_k, int64_t hidden,
-                 void* out) {
-  constexpr int kVectors = 4;
-  constexpr int kColumns = kVectors * kLanes;
-  const T* from = static_cast<const T*>(rows);
-  T* to = static_cast<T*>(out);
-  int64_t h = 0;
-  for (; h + kColumns <= hidden; h += kColumns) {
-    Vec sums[kVectors];
-    for (int v = 0; v < kVectors; ++v) sums[v] = Zero();
-    for (int64_t k = 0; k < top_k; ++k) {
-      const T* row = from + places[k] * hidden + h;
-      const Vec weight = Broadcast(weights[k]);
-      for (int v = 0; v < kVectors; ++v) sums[v] = Fma(weight, Load(row + v * kLanes), sums[v]);
-    }
-    if constexpr (sizeof(T) == sizeof(float)) {
-      for (int v = 0; v < kVectors; ++v) StoreVec(reinterpret_cast<float*>(to + h) + v * kLanes, sums[v]);
-    } else {
-      float block[kColumns];
-      for (int v = 0; v < kVectors; ++v) StoreVec(block + v * kLanes, sums[v]);
-      for (int j = 0; j < kColumns; ++j) Store(block[j], to + h + j);
-    }
+bool Route(const RouterArgs& args, const float* logits, int64_t rows, const float* bias, float* scratch,
+           int32_t* ids, float* weights) {
+  float* chosen = scratch;
+  float* rest = chosen + args.top_k * kWideLanes;
+  if (rows == 1 && args.groups == 1 && args.top_k <= kMostHeld) {
+    SelectOne(args, logits, bias, rest, ids, chosen);
+  } else {
+    SelectBlock(args, logits, rows, bias, rest, ids, chosen);
   }
-  for (; h < hidden; ++h) {
-    float sum = 0;
-    for (int64_t k = 0; k < top_k; ++k) sum += weights[k] * ToFloat(from[places[k] * hidden + h]);
-    Store(sum, to + h);
-  }
+  return Weigh(args, rows, chosen, rest, weights);
 }
 
 constexpr RoutingKernels MakeRoutingTable() {
