@@ -1,6 +1,5 @@
 // The inner loops of Router and the table of them, for the instruction set that this translation unit is
 // compiled for.
-// translation unit is compiled for.
 //
 // Everything is in an unnamed namespace: units for different instruction sets must not share a copy. Include
 // only from routing_kernels_*.cc.
