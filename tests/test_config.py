@@ -60,6 +60,14 @@ def test_defaults() -> None:
         ({"expert_weights": "packed", "quantize": "int8"}, "packed is for fused experts"),
         ({"quantize": "int3"}, "quantize: unknown value 'int3'; .*choices: int8, int4|choices: int4, int8"),
         ({"quantize": "int8", "target": "portable"}, "quantize: int8 needs target onnxruntime"),
+        (
+            {"quantize": "int8", "quantized_lowering": "plugn"},
+            "quantized_lowering: unknown value 'plugn'; nearest: plugin",
+        ),
+        (
+            {"quantized_lowering": "qmoe"},
+            "quantized_lowering: qmoe is for quantised experts; it needs quantize",
+        ),
         ({"verify": 1}, "verify: expected true or false, got 1"),
         ({"bench": None}, "bench: expected true or false, got None"),
         ({"trust_remote_code": "yes"}, "trust_remote_code: expected true or false"),
@@ -225,7 +233,7 @@ def test_the_page_documents_every_field_default_and_choice() -> None:
                 assert rows[key].split("|")[2].strip() == f"`{default}`", field.name
     stated = [row for row in rows if row not in {key for _, key in _PLACES.values()}]
     assert not stated, f"the page documents keys that do not exist: {stated}"
-    from moe_export.config import EXPERT_LOWERINGS, QUANTIZATIONS, TARGETS
+    from moe_export.config import EXPERT_LOWERINGS, QUANTIZATIONS, QUANTIZED_LOWERINGS, TARGETS
     from moe_export.schema import DTYPES, TASKS
 
     for row, choices in (
@@ -234,6 +242,7 @@ def test_the_page_documents_every_field_default_and_choice() -> None:
         ("task", TASKS),
         ("expert_lowering", EXPERT_LOWERINGS),
         ("quantize", QUANTIZATIONS),
+        ("quantized_lowering", QUANTIZED_LOWERINGS),
         ("opset", tuple(map(str, OPSETS))),
     ):
         assert all(choice in rows[row] for choice in choices), row

@@ -129,8 +129,8 @@ _QUANTIZED: dict[str, dict[str, float]] = {
 }
 """Engines with quantised experts; each limit is the larger one of these and of the dtype's."""
 _WHY_QUANTIZED = {
-    "int8": "weights in blocks of 32 are off by 0.5 % (root mean square), int8 activations by as much, a "
-    "layer's output by 0.8 %; the limits are two to four times what the shipped model measures",
+    "int8": "weights in blocks of 32 are off by 0.5 % (root mean square), QMoE's int8 activations by as "
+    "much, a layer's output by 0.8 %; the limits are two to four times what the shipped model measures",
     "int4": "weights in blocks of 32 are off by 8.6 % (root mean square), a layer's output by 11 %; "
     "the limits are two to four times what the shipped model measures",
 }

@@ -184,7 +184,14 @@ def test_weights_lie_beside_the_model(exported: ExportedModel, tmp_path: Path) -
     create_session(tmp_path / MODEL_FILE, threads=1)
 
 
-@pytest.mark.parametrize("wanted", [{"expert_lowering": "fused"}, {"expert_weights": "packed"}])
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"expert_lowering": "fused"},
+        {"expert_weights": "packed"},
+        {"quantize": "int8", "quantized_lowering": "plugin"},
+    ],
+)
 def test_what_needs_the_plugin_is_refused_without_it(
     wanted: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
