@@ -12,7 +12,7 @@ from moe_export.models.families import tiny_model
 from moe_export.verify import simulate_bundle
 
 pytest.importorskip("tensorrt_rtx", reason="pip install 'moe-export[tensorrt-rtx]'")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 SMS = (80, 89, 120)
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "byte-mixtral"
