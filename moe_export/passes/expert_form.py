@@ -51,8 +51,8 @@ def find_form(context: PassContext, name: str) -> ExpertForm | str:
     if (up_bias is None) != (down_bias is None):
         return "it has one bias of two"
     assert rows is not None
-    width = up.const_value.numpy().shape[2 if transposed else 1]
-    intermediate = down.const_value.numpy().shape[1 if transposed else 2]
+    width = up.const_value.shape.numpy()[2 if transposed else 1]
+    intermediate = down.const_value.shape.numpy()[1 if transposed else 2]
     activation, reason = find_activation(context.model, inner, rows, width, intermediate)
     if activation is None:
         return reason
