@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import moe_export
+from moe_export.backends.portable import PortableBackend
 from moe_export.bundle.reader import Bundle, open_bundle
 from moe_export.errors import CheckFailed, UsageError
 
@@ -170,8 +171,8 @@ def test_failing_parity_raises_and_leaves_the_bundle_with_its_evidence(tmp_path:
 def test_an_error_while_lowering_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Path] = []
 
-    class Failing:
-        def build(self, _exported: Any, folder: Path, _options: Any) -> Any:
+    class Failing(PortableBackend):
+        def build(self, exported: Any, folder: Path, options: Any) -> Any:
             (folder / "model.onnx").write_bytes(b"half a model")
             seen.append(folder)
             raise RuntimeError("no lowering today")
