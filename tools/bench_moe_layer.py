@@ -48,7 +48,7 @@ SLOW_SECONDS = 20.0
 _PLUGIN = "plugin-packed,plugin-unpacked"
 TOPICS = {
     "float32": "--shape A,B --tokens 1,8,64,512,2048 --rounds 5",
-    "mixtral": "--shape C --tokens 1,8,64,512 --rounds 3",
+    "mixtral": "--shape C --tokens 1,8,64,512 --rounds 2",
     "quantized": "--shape A,B --tokens 1,8,64,512 --rounds 7 --contestants eager,plugin-packed,"
     + ",".join(QUANTIZED),
     "bfloat16": "--shape A,B --tokens 1,8,64,512 --rounds 7 --dtypes float32,bfloat16 "
