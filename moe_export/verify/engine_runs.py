@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from ..runtime.session import Session
     from ..trace import LayerTrace, TracedRun
+    from .plan_session import PlanSession
     from .simulate import SimulatedSession
 
     Array = NDArray[Any]
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 class EngineRuns:
     """The ways to run a case on a loaded bundle."""
 
-    def __init__(self, session: Session | SimulatedSession) -> None:
+    def __init__(self, session: Session | SimulatedSession | PlanSession) -> None:
         self._session = session
         io = session.io
         self._inputs = {t.name for t in io.inputs}

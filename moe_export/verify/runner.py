@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..progress import Progress
     from ..runtime.session import Session
     from ..trace import Reference, TracedRun
+    from .plan_session import PlanSession
     from .simulate import SimulatedSession
 
 
@@ -68,15 +69,11 @@ def verify_bundle(
         SourceError: the source model cannot be loaded.
     """
     from ..progress import NullProgress
-    from ..runtime.session import load
-    from .simulate import load_simulated
 
     if save_golden is not None:
         check_golden_target(Path(save_golden))
     started = time.perf_counter()
-    opened: Session | SimulatedSession
-    opened = (load_simulated if simulate else load)(bundle, trust=trust, threads=threads)
-    with opened as session:
+    with _open(bundle, simulate, trust, threads) as session:
         verification = _Verification(session, against, tolerances, text, seed, progress or NullProgress())
         if save_golden is not None and verification.yardstick.kind == "golden":
             raise UsageError(
@@ -85,12 +82,29 @@ def verify_bundle(
         return verification.run(bundle, force_routing, save_golden, started)
 
 
+def _open(
+    bundle: Path | str, simulate: bool, trust: bool, threads: int | None
+) -> Session | SimulatedSession | PlanSession:
+    """The engine, its simulation, or for a plan on its GPU both."""
+    from ..runtime.session import load
+    from ..sms import GPU_TARGETS
+    from .plan_session import PlanSession
+    from .simulate import load_simulated
+
+    if simulate:
+        return load_simulated(bundle, trust=trust, threads=threads)
+    session = load(bundle, trust=trust, threads=threads)
+    if session.manifest.target not in GPU_TARGETS:
+        return session
+    return PlanSession(session, load_simulated(bundle, trust=True, threads=threads))
+
+
 class _Verification:
     """One verification of one loaded bundle."""
 
     def __init__(
         self,
-        session: Session | SimulatedSession,
+        session: Session | SimulatedSession | PlanSession,
         against: Reference | Path | str | None,
         tolerances: Mapping[str, float] | None,
         text: str | None,
@@ -117,7 +131,9 @@ class _Verification:
         self.coverage = Coverage(self.manifest)
         self.expert_errors = ExpertErrors(self.manifest)
 
-    def _cases(self, session: Session | SimulatedSession, text: str | None) -> tuple[list[Case], list[str]]:
+    def _cases(
+        self, session: Session | SimulatedSession | PlanSession, text: str | None
+    ) -> tuple[list[Case], list[str]]:
         given = self.yardstick.cases(self.manifest)
         if given is not None:
             if text is not None:
@@ -152,9 +168,10 @@ class _Verification:
         )
         passed = bool(self.results) and all(r.passed for r in self.results) and not findings
         from ..bundle.tools import tool_versions
+        from .plan_session import PlanSession
         from .simulate import SimulatedSession
 
-        simulated = self.session.notes() if isinstance(self.session, SimulatedSession) else []
+        told = self.session.notes() if isinstance(self.session, (SimulatedSession, PlanSession)) else []
         return ParityReport(
             passed=passed,
             bundle=os.fspath(bundle),
@@ -171,7 +188,7 @@ class _Verification:
             cases=tuple(self.results),
             findings=findings,
             coverage=self.coverage.layers(),
-            notes=(*simulated, *self.notes, *self.coverage.notes()),
+            notes=(*told, *self.notes, *self.coverage.notes()),
             tools=tool_versions(),
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             seconds=time.perf_counter() - started,

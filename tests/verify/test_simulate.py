@@ -28,6 +28,7 @@ from moe_export.passes.base import PassContext
 from moe_export.passes.inline_bodies import InlineBodies
 from moe_export.passes.native_experts import NativeExperts
 from moe_export.passes.plugin_experts import PluginExperts
+from moe_export.progress import NullProgress
 from moe_export.report.junit import parity_junit
 from moe_export.report.markdown import parity_markdown
 from moe_export.schema import Limits, Manifest, SourceInfo
@@ -247,6 +248,23 @@ def test_exit_codes_are_those_of_a_real_engine(tmp_path: Path) -> None:
     assert wrong.exit_code == 1 and "experts 0, 1" in wrong.stdout
     refused = verify(real, "--simulate")
     assert refused.exit_code == 2 and "onnxruntime, which runs on the CPU itself" in refused.stderr
+
+
+@pytest.mark.parametrize(("broken", "kind"), [(None, ""), ("expert_swapped", "optimised engine")])
+def test_a_plan_is_judged_by_its_own_outputs(broken: str | None, kind: str, tmp_path: Path) -> None:
+    """Another engine stands for the plan, which needs a GPU: right, or wrong where its graph is right."""
+    from moe_export.runtime.session import load
+    from moe_export.verify.plan_session import PlanSession
+    from moe_export.verify.runner import _Verification
+
+    plan = load(make_tiny_bundle(tmp_path / "plan", broken=broken), threads=1)
+    shown = load_simulated(for_gpu(tmp_path / "graph"), threads=1)
+    with PlanSession(plan, shown) as session:
+        verification = _Verification(session, TinyReference(), None, None, 0, NullProgress())
+        found = verification.run(tmp_path / "graph", False, None, 0.0)
+    assert found.passed == (broken is None) and not found.simulated
+    assert [f.kind for f in found.findings] == ([kind] if kind else [])
+    assert "the plan's, on its GPU" in found.notes[0] and found.summary()["routed_tokens"] > 0
 
 
 def test_a_target_of_the_cpu_is_refused(tmp_path: Path) -> None:
