@@ -42,7 +42,7 @@ class ExportError(UsageError):
 
 
 class BuildError(ExportError):
-    """A target's own builder (TensorRT) refused the lowered model or died; the message holds its last words."""
+    """A target's own builder (TensorRT) refused the lowered model or died; the message has its last words."""
 
 
 class BundleError(UsageError):
