@@ -23,7 +23,7 @@ LAYERS = (
     {"backends"},
     {"runtime"},
     {"verify", "bench", "report", "inspect", "planning"},
-    {"api"},
+    {"api", "evidence"},
     {"cli"},
     {"__main__"},
 )

@@ -33,8 +33,8 @@ class PortableBackend(Backend):
 def _check_beside_stand_ins(folder: Path) -> None:
     """onnx's checker on the model beside empty files of the weight files' sizes.
 
-    It looks at where tensors lie, not at their values, and refuses files of several names, which the links to a
-    checkpoint's files are.
+    It looks at where tensors lie, not at their values, and refuses files of several names, which the links to
+    a checkpoint's files are.
     """
     import onnx
 
