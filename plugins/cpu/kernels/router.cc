@@ -16,7 +16,7 @@ namespace moe_export::cpu {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int64_t kWorkPerTask = 4096;  // Logits; below that, waking a thread costs more.
+constexpr int64_t kWorkPerTask = 16384;  // Logits; below that, waking a thread costs more.
 
 std::string Text(int64_t value) { return std::to_string(value); }
 
