@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from ..graph.functions import PLUGIN_ATTRIBUTES, attach_functions
 from ..ops import DOMAIN
+from . import trt_moe
 from .base import Pass, PassContext
 
 
 class InlineBodies(Pass):
-    """Inline every function but those of plugin nodes.
+    """Inline every function but those of plugin nodes and of TensorRT's own MoE layer.
 
     TensorRT's parser inlines functions itself, but refuses a call that leaves a trailing optional input out.
     """
@@ -25,7 +26,8 @@ class InlineBodies(Pass):
             for node in model.graph.all_nodes()
             if node.domain == DOMAIN and set(PLUGIN_ATTRIBUTES) <= set(node.attributes)
         }
-        common.InlinePass(lambda function: function.identifier() not in plugins)(model)
+        kept = {*plugins, (trt_moe.DOMAIN, trt_moe.OP, "")}
+        common.InlinePass(lambda function: function.identifier() not in kept)(model)
         common.RemoveUnusedNodesPass()(model)
         if plugins:
             # The bodies of plugins call other ops of ours, whose functions are to stay.

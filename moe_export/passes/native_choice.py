@@ -8,12 +8,15 @@ from functools import lru_cache
 
 from ..costs.moe_kernels import (
     GATHER_TOKENS,
+    TRT_MOE_TOKENS,
     MoeShapes,
     gpu_for,
     predict_layer,
     refusals,
 )
+from ..errors import UsageError
 from ..schema import Alternative
+from . import trt_moe
 from .native_text import NativeForm
 
 TOKENS = (1, 16, 512)
@@ -21,11 +24,13 @@ TOKENS = (1, 16, 512)
 DENSE_WASTE = 2.0
 """E/K below which computing every expert on every token wastes less than buckets leave empty."""
 DEFAULT_SM = 89
+UNPROVEN = "not built where moe-export is tested, and not run on a GPU"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """``lowering``: of :data:`native_text.LOWERINGS`. ``threshold``: tokens up to which ``both`` gathers."""
+    """``lowering``: of :data:`native_text.LOWERINGS`, or ``trt_moe``. ``threshold``: tokens up to which
+    ``both`` gathers."""
 
     lowering: str
     threshold: int
@@ -72,12 +77,29 @@ def threshold_of(form: NativeForm, sm: int) -> int:
 def choose(form: NativeForm, wanted: str, sms: Iterable[int], max_tokens: int | None) -> Choice:
     """The lowering of one layer for engines of ``sms`` that take at most ``max_tokens`` (None: any number).
 
-    ``wanted``: ``auto``, or one of :data:`native_text.LOWERINGS` to force it.
+    ``wanted``: ``auto``, or one of :data:`native_text.LOWERINGS` or ``trt_moe`` to force it. ``auto`` takes
+    ``trt_moe`` where the layer fits its limits on every SM and it is predicted the fastest for every number
+    of tokens that the engine takes.
+
+    Raises:
+        UsageError: ``trt_moe`` is forced and the layer or an SM is beyond its limits.
     """
-    sm = next(iter(sms), DEFAULT_SM)
+    known = tuple(sms)
+    sm = next(iter(known), DEFAULT_SM)
     threshold = threshold_of(form, sm)
-    lowering = wanted if wanted != "auto" else _best(form, threshold, max_tokens)
+    problem = trt_moe.problem(form, known)
+    if wanted == trt_moe.LOWERING and problem:
+        raise UsageError(
+            f"native_lowering: trt_moe is not for layer {form.attributes['layer']!r}: {problem}; take auto"
+        )
+    lowering = wanted
+    if wanted == "auto":
+        lowering = _best(form, threshold, max_tokens)
+        if not problem and _fastest(form, lowering, threshold, max_tokens, sm):
+            lowering = trt_moe.LOWERING
     reason = _reason(form, lowering, threshold, max_tokens) if wanted == "auto" else "asked for"
+    if lowering == trt_moe.LOWERING:
+        reason += f"; {UNPROVEN}"
     notes = {
         "gather": f"slower above {threshold} tokens: each assignment reads its expert's matrices again",
         "buckets": f"slower up to {threshold} tokens: it reads every expert's matrices, used or not",
@@ -90,7 +112,8 @@ def choose(form: NativeForm, wanted: str, sms: Iterable[int], max_tokens: int | 
         if name != lowering
     ]
     others.append(Alternative("GPU plugin ExpertMLP", _plugin(form, sm)))
-    others.append(Alternative("TRT_MoE", _trt_moe(form, sm)))
+    if lowering != trt_moe.LOWERING:
+        others.append(Alternative("TRT_MoE", _trt_moe(form, problem, max_tokens, sm)))
     times = f"{_times(form, lowering, threshold, sm)} on {gpu_for(sm).title}"
     return Choice(lowering, threshold, f"{reason}; {times}", tuple(others))
 
@@ -101,7 +124,19 @@ def _best(form: NativeForm, threshold: int, max_tokens: int | None) -> str:
     return "gather" if max_tokens is not None and max_tokens <= threshold else "both"
 
 
+def _fastest(form: NativeForm, other: str, threshold: int, max_tokens: int | None, sm: int) -> bool:
+    """Whether TRT_MoE is predicted faster than ``other`` for every number of tokens that the engine takes."""
+    if max_tokens is None or max_tokens > TRT_MOE_TOKENS:
+        return False
+    return all(
+        _seconds(shapes_of(form, t), trt_moe.LOWERING, sm) < _at(form, other, threshold, t, sm)
+        for t in range(1, max_tokens + 1)
+    )
+
+
 def _reason(form: NativeForm, lowering: str, threshold: int, max_tokens: int | None) -> str:
+    if lowering == trt_moe.LOWERING:
+        return f"the engine takes at most {max_tokens} tokens, and it is predicted the fastest for all"
     if lowering == "dense":
         return f"a token uses {form.top_k} of {form.experts} experts, so buckets would save too little"
     if lowering == "gather":
@@ -122,14 +157,16 @@ def _why_not_both(form: NativeForm, threshold: int, max_tokens: int | None) -> s
 
 
 def _times(form: NativeForm, lowering: str, threshold: int, sm: int) -> str:
-    def at(tokens: int) -> float:
-        name = lowering
-        if lowering == "both":
-            name = "gather" if tokens <= threshold else "buckets"
-        return _seconds(shapes_of(form, tokens), name, sm)
-
-    parts = ", ".join(f"{at(t) * 1e3:.3g} ms at T={t}" for t in TOKENS)
+    parts = ", ".join(f"{_at(form, lowering, threshold, t, sm) * 1e3:.3g} ms at T={t}" for t in TOKENS)
     return f"predicted, not measured: {parts}"
+
+
+def _at(form: NativeForm, lowering: str, threshold: int, tokens: int, sm: int) -> float:
+    """Predicted seconds; ``both`` is the one of its two that runs."""
+    name = lowering
+    if lowering == "both":
+        name = "gather" if tokens <= threshold else "buckets"
+    return _seconds(shapes_of(form, tokens), name, sm)
 
 
 def _plugin(form: NativeForm, sm: int) -> str:
@@ -139,8 +176,12 @@ def _plugin(form: NativeForm, sm: int) -> str:
     return f"needs expert_lowering = plugin, and its library beside the plan; {_times(form, 'plugin', 0, sm)}"
 
 
-def _trt_moe(form: NativeForm, sm: int) -> str:
-    refused = refusals(shapes_of(form, 1), sm).get("trt_moe")
-    if refused:
-        return refused
-    return f"cannot be built where moe-export is tested, so never checked; {_times(form, 'trt_moe', 0, sm)}"
+def _trt_moe(form: NativeForm, problem: str, max_tokens: int | None, sm: int) -> str:
+    if problem:
+        return problem
+    times = _times(form, trt_moe.LOWERING, 0, sm)
+    if max_tokens is None or max_tokens > TRT_MOE_TOKENS:
+        slow = f"slow for more than {TRT_MOE_TOKENS} tokens, and a run may have "
+        slow += "any number" if max_tokens is None else str(max_tokens)
+        return f"{slow}; native_lowering = trt_moe takes it; {UNPROVEN}; {times}"
+    return f"not predicted to be the fastest; {UNPROVEN}; {times}"

@@ -9,11 +9,13 @@ from ..errors import ExportError, UsageError, choices_text
 from ..graph.functions import attach_functions
 from ..schema import Alternative, Decision, MoELayer, TensorSpec
 from .base import Pass, PassContext
-from .expert_form import ExpertForm, find_form
+from .expert_form import ExpertForm, find_form, replace_output
 from .native_call import drop_unused, put_function
 from .native_choice import Choice, choose
 from .native_ops import lowered, remaining
 from .native_text import LOWERINGS, NativeForm, native_function, uses_buckets
+from .trt_moe import LOWERING as TRT_MOE
+from .trt_moe import trt_moe_nodes
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -26,7 +28,8 @@ _FLOATS = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
 
 
 class NativeExperts(Pass):
-    """``option native_lowering``: ``auto``, or one of :data:`native_text.LOWERINGS` for every layer.
+    """``option native_lowering``: ``auto``, or one of :data:`native_text.LOWERINGS` or ``trt_moe``
+    (TensorRT's own layer, :mod:`trt_moe`) for every layer.
 
     Options ``sm`` (GPUs to predict times for; the first counts) and ``max_tokens`` (of one run; None: any)
     decide with the cost model. Layers that a pass before this one fused are left alone. Where the activation
@@ -43,7 +46,7 @@ class NativeExperts(Pass):
         import onnx_ir.passes.common as common
 
         wanted = str(context.options.get("native_lowering", "auto"))
-        known = ("auto", *LOWERINGS)
+        known = ("auto", *LOWERINGS, TRT_MOE)
         if wanted not in known:
             raise UsageError(f"native_lowering: unknown value {wanted!r}; {choices_text(wanted, known)}")
         loads: list[ir.Value] = []
@@ -98,6 +101,14 @@ def _replace(
 ) -> list[ir.Value]:
     """Put the lowering in place of the layer's nodes. Returns its load, where it has buckets."""
     nodes = found.nodes
+    if choice.lowering == TRT_MOE:
+        rows = (nodes.hidden, nodes.expert_ids, nodes.weights)
+        made = trt_moe_nodes(
+            context.model, form, rows, found.weights, f"moe.{layer.index}.experts", context.opset
+        )
+        replace_output(context.model.graph, nodes, made)
+        drop_unused(context.model, nodes.combine)
+        return []
     function = native_function(
         form, choice.lowering, choice.threshold, context.opset, f"moe.{layer.index}.experts"
     )
@@ -168,6 +179,7 @@ def _decision(layer: MoELayer, found: ExpertForm, choice: Choice) -> Decision:
         "buckets": "native: buckets",
         "both": f"native: gather up to {choice.threshold} tokens, buckets above",
         "dense": "native: dense",
+        TRT_MOE: "native: TRT_MoE, TensorRT's own layer",
     }[choice.lowering]
     reason = f"{choice.reason}; its activation is {activation}, proven by running its nodes"
     return Decision(f"{layer.name}: experts", text, reason, choice.alternatives)

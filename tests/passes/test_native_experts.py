@@ -137,7 +137,7 @@ def test_the_choice_is_explained_with_every_alternative() -> None:
     assert all("predicted, not measured" in a.reason for a in found.alternatives if "native" in a.choice)
     assert "SM100" in next(a.reason for a in found.alternatives if a.choice == "TRT_MoE")
     b200 = choose(form(64, 8), "auto", (100,), None)
-    assert "never checked" in next(a.reason for a in b200.alternatives if a.choice == "TRT_MoE")
+    assert "not run on a GPU" in next(a.reason for a in b200.alternatives if a.choice == "TRT_MoE")
 
 
 def test_what_decides() -> None:
