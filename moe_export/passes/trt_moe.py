@@ -3,8 +3,8 @@ no plan with it was built*: the layer needs SM100, SM103 or SM110.
 
 The node's contract is that of NVIDIA's pages "MoE (Mixture of Experts)"
 (docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/transformers-moe.html and
-.../_static/operators/MoE.html) and of the ONNX parser of TensorRT-RTX 1.7, which imports the node on any machine
-(a test holds the node to it). B sequences of S tokens, K experts per token, T one float dtype:
+.../_static/operators/MoE.html) and of the ONNX parser of TensorRT-RTX 1.7, which imports the node on any
+machine (a test holds the node to it). B sequences of S tokens, K experts per token, T one float dtype:
 
 =====  ==============  ===========================
 input  shape           what
