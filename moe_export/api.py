@@ -212,6 +212,7 @@ def _write_engine(
             writer.path,
             {
                 "expert_lowering": config.expert_lowering,
+                "native_lowering": config.native_lowering,
                 "expert_weights": config.expert_weights,
                 "quantize": config.quantize,
                 "quantized_lowering": config.quantized_lowering,

@@ -21,6 +21,7 @@ QUANTIZATIONS: tuple[str, ...] = ("int8", "int4")
 QUANTIZED_LOWERINGS: tuple[str, ...] = ("auto", "qmoe", "plugin")
 CPU_LOWERINGS: tuple[str, ...] = ("auto", "fused", "unrolled", "loop")
 GPU_LOWERINGS: tuple[str, ...] = ("auto", "native", "plugin")
+NATIVE_LOWERINGS: tuple[str, ...] = ("auto", "gather", "buckets", "both", "dense", "trt_moe")
 WEIGHTS: tuple[str, ...] = ("auto", "reference", "load")
 """``reference``: in the checkpoint's own files, which the engine shares; ``load``: read and written anew."""
 EXPERT_LOWERINGS: tuple[str, ...] = tuple(dict.fromkeys((*CPU_LOWERINGS, *GPU_LOWERINGS)))
@@ -60,6 +61,9 @@ class BuildConfig:
     opset: int = DEFAULT_OPSET
     expert_lowering: str = "auto"
     """How a layer's experts are lowered; ``auto`` chooses per layer and reports why."""
+    native_lowering: str = "auto"
+    """Which of TensorRT's own forms a GPU target's native lowering takes; ``auto`` chooses per layer by
+    predicted times."""
     expert_weights: str = "auto"
     """How the weights of fused experts lie in the bundle: as in the source, or packed for the CPU plugin."""
     sm: tuple[int, ...] | None = None
@@ -99,6 +103,13 @@ class BuildConfig:
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("expert_lowering", self.expert_lowering, EXPERT_LOWERINGS)
         self._check_lowering()
+        _check_choice("native_lowering", self.native_lowering, NATIVE_LOWERINGS)
+        native = self.target in GPU_TARGETS and self.expert_lowering != "plugin"
+        if self.native_lowering != "auto" and not native:
+            raise UsageError(
+                f"native_lowering: {self.native_lowering} needs target {' or '.join(GPU_TARGETS)}, and "
+                "expert_lowering auto or native"
+            )
         _check_choice("expert_weights", self.expert_weights, EXPERT_WEIGHTS)
         fused = self.expert_lowering in ("auto", "fused") and self.quantize is None
         if self.expert_weights == "packed" and not (fused and self.target == "onnxruntime"):
@@ -263,7 +274,7 @@ def merge(file_values: Mapping[str, Any], flags: Mapping[str, Any]) -> BuildConf
     return BuildConfig(**values)
 
 
-_GPU_FIELDS = ("sm", "expert_lowering", "dtype")
+_GPU_FIELDS = ("sm", "expert_lowering", "native_lowering", "dtype")
 
 
 def _check_field(path: Path, name: str, value: Any, target: Any) -> None:
@@ -276,7 +287,7 @@ def _check_field(path: Path, name: str, value: Any, target: Any) -> None:
     given = {name: value, **({"quantize": "int8"} if name == "quantized_lowering" else {})}
     if name in _GPU_FIELDS and isinstance(target, str) and target in TARGETS:
         given["target"] = target
-    elif name == "sm" or (name == "expert_lowering" and value in GPU_LOWERINGS):
+    elif name in ("sm", "native_lowering") or (name == "expert_lowering" and value in GPU_LOWERINGS):
         given["target"] = "tensorrt"
     try:
         BuildConfig(**given)

@@ -64,6 +64,12 @@ def test_defaults() -> None:
             {"quantize": "int8", "quantized_lowering": "plugn"},
             "quantized_lowering: unknown value 'plugn'; nearest: plugin",
         ),
+        ({"native_lowering": "buckts"}, "native_lowering: unknown value 'buckts'; nearest: buckets"),
+        ({"native_lowering": "dense"}, "native_lowering: dense needs target tensorrt-rtx or tensorrt"),
+        (
+            {"target": "tensorrt", "expert_lowering": "plugin", "native_lowering": "dense"},
+            "and expert_lowering auto or native",
+        ),
         (
             {"quantized_lowering": "qmoe"},
             "quantized_lowering: qmoe is for quantised experts; it needs quantize",
@@ -233,7 +239,13 @@ def test_the_page_documents_every_field_default_and_choice() -> None:
                 assert rows[key].split("|")[2].strip() == f"`{default}`", field.name
     stated = [row for row in rows if row not in {key for _, key in _PLACES.values()}]
     assert not stated, f"the page documents keys that do not exist: {stated}"
-    from moe_export.config import EXPERT_LOWERINGS, QUANTIZATIONS, QUANTIZED_LOWERINGS, TARGETS
+    from moe_export.config import (
+        EXPERT_LOWERINGS,
+        NATIVE_LOWERINGS,
+        QUANTIZATIONS,
+        QUANTIZED_LOWERINGS,
+        TARGETS,
+    )
     from moe_export.schema import DTYPES, TASKS
 
     for row, choices in (
@@ -241,6 +253,7 @@ def test_the_page_documents_every_field_default_and_choice() -> None:
         ("dtype", DTYPES),
         ("task", TASKS),
         ("expert_lowering", EXPERT_LOWERINGS),
+        ("native_lowering", NATIVE_LOWERINGS),
         ("quantize", QUANTIZATIONS),
         ("quantized_lowering", QUANTIZED_LOWERINGS),
         ("opset", tuple(map(str, OPSETS))),

@@ -18,6 +18,7 @@ CODES = {
     "ExportError": 2,
     "BundleError": 2,
     "InputError": 2,
+    "BuildError": 2,
     "EnvironmentLacksError": 3,
 }
 

@@ -18,6 +18,7 @@ from moe_export.cli.options import (
 )
 from moe_export.config import (
     EXPERT_LOWERINGS,
+    NATIVE_LOWERINGS,
     QUANTIZATIONS,
     QUANTIZED_LOWERINGS,
     TARGETS,
@@ -44,6 +45,10 @@ if TYPE_CHECKING:
 @click.option(
     "--expert-lowering", type=click.Choice(EXPERT_LOWERINGS),
     help="How experts are lowered (GPU targets: native or plugin).  [default: auto, chosen per layer]",
+)  # fmt: skip
+@click.option(
+    "--native-lowering", type=click.Choice(NATIVE_LOWERINGS),
+    help="TensorRT's own form of the experts.  [default: auto, by predicted times, per layer]",
 )  # fmt: skip
 @click.option("--sm", type=IntList(), help="GPUs of a TensorRT target: 80,89,120.  [default: the GPU here]")
 @click.option(

@@ -25,6 +25,7 @@ model; the function is what other runtimes execute.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..costs.moe_kernels import TRT_MOE_SMS
@@ -43,24 +44,40 @@ DTYPES = ("float16", "bfloat16")
 
 def problem(form: NativeForm, sms: Iterable[int]) -> str:
     """Why the layer cannot be a TRT_MoE node of engines for ``sms``; empty: it can."""
-    known = tuple(sms)
-    other = [sm for sm in known if sm not in TRT_MOE_SMS]
-    if not known or other:
-        had = f", not on SM{other[0]}" if other else ", and no SM was named"
-        return f"TensorRT's MoE layer exists on SM100, SM103 and SM110{had}"
+    wrong = machine_problem(sms)
+    if wrong:
+        return wrong
     given = form.attributes
     if given["activation"] != "silu" or not given["gated"]:
         gate = "gated" if given["gated"] else "ungated"
         return f"TensorRT's MoE layer has SiLU-gated experts; these are {gate}, {given['activation']}"
     if given["biased"]:
         return "TRT_MoE is written for experts without biases, and these have them"
-    if form.computed not in DTYPES:
-        return f"TRT_MoE is written for {' and '.join(DTYPES)}, and products here are {form.computed}"
+    wrong = dtype_problem(form.computed)
+    if wrong:
+        return wrong
     if form.drops:
         return (
             "its routing may drop assignments, and no source says what TensorRT's MoE layer does with those"
         )
     return ""
+
+
+def machine_problem(sms: Iterable[int]) -> str:
+    """Why engines for ``sms`` have no such layer; empty: all have it."""
+    known = tuple(sms)
+    other = [sm for sm in known if sm not in TRT_MOE_SMS]
+    if known and not other:
+        return ""
+    had = f", not on SM{other[0]}" if other else ", and no SM was named"
+    return f"TensorRT's MoE layer exists on SM100, SM103 and SM110{had}"
+
+
+def dtype_problem(computed: str) -> str:
+    """Why products in ``computed`` are none for the layer; empty: they are."""
+    if computed in DTYPES:
+        return ""
+    return f"TRT_MoE is written for {' and '.join(DTYPES)}, and products here are {computed}"
 
 
 def body(opset: int) -> onnx.FunctionProto:
@@ -164,10 +181,16 @@ def trt_moe_nodes(
     return nodes
 
 
+def count(model: ir.Model) -> int:
+    """TRT_MoE nodes of a model."""
+    return sum((n.domain, n.op_type) == (DOMAIN, OP) for n in model.graph.all_nodes())
+
+
 def _matrices(
     graph: ir.Graph, form: NativeForm, weights: tuple[ir.Value, ir.Value], name: str, kind: ir.DataType
 ) -> list[ir.Value]:
     """Gate and up [E, H, I] and down [E, I, H] as new initializers."""
+    import numpy as np
     import onnx_ir as ir
 
     up, down = (weight.const_value for weight in weights)
@@ -188,6 +211,9 @@ def _matrices(
         array = down.numpy()
         return array if transposed else array.swapaxes(1, 2)
 
+    def stored(which: int) -> ir.TensorProtocol:
+        return ir.tensor(np.ascontiguousarray(read(which).astype(kind.numpy())), dtype=kind)
+
     made = []
     for which, (part, a, b) in enumerate(
         (
@@ -197,18 +223,9 @@ def _matrices(
         )
     ):
         shape = ir.Shape([form.experts, a, b])
-        tensor = ir.LazyTensor(
-            lambda which=which: _stored(read(which), kind), dtype=kind, shape=shape, name=f"{name}.{part}"
-        )
+        tensor = ir.LazyTensor(partial(stored, which), dtype=kind, shape=shape, name=f"{name}.{part}")
         value = ir.Value(name=f"{name}.{part}", const_value=tensor)
         value.dtype, value.shape = kind, shape
         graph.register_initializer(value)
         made.append(value)
     return made
-
-
-def _stored(array: NDArray[Any], kind: ir.DataType) -> ir.Tensor:
-    import numpy as np
-    import onnx_ir as ir
-
-    return ir.Tensor(np.ascontiguousarray(array.astype(kind.numpy())), dtype=kind)

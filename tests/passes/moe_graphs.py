@@ -165,6 +165,8 @@ def run(
     session = onnxruntime.InferenceSession(
         proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
+    if any(i.name == "moe_capacity" for i in session.get_inputs()):  # as many rows as there are tokens
+        more.setdefault("moe_capacity", np.zeros(max(len(hidden), 1), np.int32))
     return list(session.run(list(names), {"hidden": hidden, **more}))
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -14,6 +17,8 @@ import onnx_ir as ir
 import pytest
 from onnx import helper
 
+from moe_export.backends import get_backend
+from moe_export.backends.trt import build_engine
 from moe_export.errors import UsageError
 from moe_export.ops import OPS
 from moe_export.passes import trt_moe
@@ -23,6 +28,7 @@ from moe_export.passes.inline_bodies import InlineBodies
 from moe_export.passes.native_choice import choose
 from moe_export.passes.native_experts import NativeExperts
 from moe_export.passes.native_text import NativeForm
+from tests.backends.trt.small import recipe
 from tests.ops.cases import expert_ids, expert_inputs
 
 from .moe_graphs import run, tokens
@@ -153,6 +159,7 @@ def test_several_sequences_and_experts_nobody_chose() -> None:
 def test_a_layer_keeps_its_numbers(name: str, transposed: int) -> None:
     made = lowered(name, transposed=transposed)
     assert made.fused == (0,) and made.decisions[-1].choice.startswith("native: TRT_MoE")
+    assert trt_moe.count(made.model) == 1
     assert "not run on a GPU" in made.decisions[-1].reason
     assert {s.role for s in (*made.io.inputs, *made.io.outputs)} <= {"data"}
     InlineBodies().apply(made)
@@ -256,3 +263,39 @@ def test_tensorrts_own_parser_refuses_another_contract() -> None:
     del model.graph.node[0].input[5:]
     done = parsed(model)
     assert done.returncode != 0 and b"TRT_MoE requires 6 to 10 inputs" in done.stderr
+
+
+def test_the_builder_makes_sure_of_it(tmp_path: Path) -> None:
+    """A parser that took the node's function instead would build a slow engine without a word."""
+    pytest.importorskip("tensorrt_rtx")
+    model = node_model("float16", 4, 8, 16, 2)
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    for layers, text in ((2, "2 TRT_MoE nodes, and the parser made 1"), (1, "no plan for SM120")):
+        shapes = {"tokens": [1, 4, 16], "ids": [1, 4, 2], "scores": [1, 4, 2], "gate": [4, 16, 8]}
+        shapes |= {"up": [4, 16, 8], "down": [4, 8, 16]}
+        inputs = [
+            {"name": n, "dtype": "int32" if n == "ids" else "float16", "shape": s} for n, s in shapes.items()
+        ]
+        outputs = [{"name": "out", "dtype": "float16", "shape": shapes["tokens"]}]
+        profile = {"name": "all", "shapes": {n: [s, s, s] for n, s in shapes.items()}}
+        changes = {"profiles": [profile], "inputs": inputs, "outputs": outputs, "moe_layers": layers}
+        (tmp_path / build_engine.RECIPE).write_text(json.dumps(recipe([120], **changes)))
+        shutil.copy(build_engine.__file__, tmp_path)
+        done = subprocess.run(
+            [sys.executable, "build_engine.py"], cwd=tmp_path, capture_output=True, timeout=120, check=False
+        )
+        assert done.returncode == 1 and text in (done.stdout + done.stderr).decode(), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("sms", "dtype", "text"),
+    [((90, 100), "float16", "not on SM90"), ((100,), "float32", "products here are float32")],
+)
+def test_what_no_layer_can_be_is_refused_before_any_work(sms: tuple[int, ...], dtype: str, text: str) -> None:
+    options = {"sm": sms, "dtype": dtype, "native_lowering": "trt_moe"}
+    with pytest.raises(UsageError, match=f"native_lowering: trt_moe: .*{text}; take auto"):
+        get_backend("tensorrt").environment(options)
+    assert get_backend("tensorrt").environment({**options, "sm": (100, 103), "dtype": "float16"})["sm"] == [
+        100,
+        103,
+    ]

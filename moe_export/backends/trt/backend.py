@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_export.errors import EnvironmentLacksError, UsageError
+from moe_export.passes import trt_moe
 from moe_export.passes.base import PassContext
 from moe_export.schema import Decision, EngineFile, Limits, to_json
 from moe_export.sms import check_dtype, check_sms, sms_of
@@ -60,6 +61,8 @@ class TensorRtBackend(Backend):
         check_dtype(self.name, str(options.get("dtype", "float32")), sms, DTYPES)
         if options.get("expert_lowering") == "plugin":
             self._check_plugin(sms)
+        if options.get("native_lowering") == trt_moe.LOWERING:
+            _check_trt_moe(sms, str(options.get("dtype", "float32")))
         return {
             "sm": list(sms),
             "library": None if problem else library_version(self.name),
@@ -118,6 +121,8 @@ class TensorRtBackend(Backend):
         usual = math.prod(next(iter(profiles[-1].shapes.values()))[1])
         plugins = write_plugin_kernels(context, folder, sms, usual if self._needs_gpu else None)
         recipe = self._recipe(context, sms, profiles) | plugins
+        if layers := trt_moe.count(context.model):
+            recipe["moe_layers"] = layers
         lacks = self._lacks(sms)
         if not lacks:
             engines = run_builder(recipe, folder)
@@ -157,6 +162,13 @@ class TensorRtBackend(Backend):
             "outputs": to_json(context.io.outputs),
             "plugins": [],
         }
+
+
+def _check_trt_moe(sms: tuple[int, ...], dtype: str) -> None:
+    """Refuse what no layer of any model could be with ``native_lowering`` ``trt_moe``."""
+    problem = trt_moe.machine_problem(sms) or trt_moe.dtype_problem(dtype)
+    if problem:
+        raise UsageError(f"native_lowering: trt_moe: {problem}; take auto")
 
 
 def plan_name(sm: int) -> str:

@@ -132,6 +132,7 @@ def build(recipe: dict[str, Any], folder: Path, trt: Any, sms: list[int]) -> lis
         more = f" (and {len(errors) - 2} more)" if len(errors) > 2 else ""
         raise CannotBuild(f"the parser refuses {recipe['model']}: {'; '.join(errors[:2])}{more}")
     _check_io(recipe, network)
+    _check_moe(recipe, network)
     engines = []
     for sm in sms:
         started = time.perf_counter()
@@ -243,6 +244,16 @@ def _check_io(recipe: dict[str, Any], network: Any) -> None:
             raise CannotBuild(
                 f"{kind} of the parsed network differ from the manifest's at {', '.join(wrong[:3])}"
             )
+
+
+def _check_moe(recipe: dict[str, Any], network: Any) -> None:
+    """Every TRT_MoE node became TensorRT's MoE layer; its function's body would compute every expert."""
+    want = recipe.get("moe_layers", 0)
+    found = sum(network.get_layer(i).type.name == "MOE" for i in range(network.num_layers)) if want else 0
+    if found != want:
+        raise CannotBuild(
+            f"the model has {want} TRT_MoE nodes, and the parser made {found} MoE layers of them"
+        )
 
 
 def _load_plugins(module: str, folder: Path, kernels: Path, trt: Any) -> Any:
