@@ -4,7 +4,8 @@ Sheets give memory in GB; it is taken as 10^9 bytes, which is a little less than
 bandwidth is one direction per GPU: half of what sheets call total NVLink bandwidth, or PCIe x16. The network
 is that of the vendor's 8-GPU system where it is sold with one; otherwise an assumption, which ``note`` says.
 Numbers of multiprocessors: NVIDIA's white papers of the architectures (A100, H100, Ada, RTX Blackwell); that
-of B200 is in no data sheet and taken from published device listings.
+of H200 is H100's, whose chip it has; that of B200 is in no data sheet and was read off a device by
+https://chipsandcheese.com/p/nvidias-b200-keeping-the-cuda-juggernaut.
 """
 
 from __future__ import annotations
@@ -94,47 +95,54 @@ def _gpu(
 _PCIE4 = "PCIe 4.0 x16 between GPUs; the network of 12.5 GB/s (100 Gb/s) is an assumption"
 _PCIE5 = "PCIe 5.0 x16 between GPUs; the network of 12.5 GB/s (100 Gb/s) is an assumption"
 
+_A100 = (
+    "NVIDIA A100 Tensor Core GPU data sheet, https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/"
+    "a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf; NVIDIA DGX A100 data sheet (8 x 200 Gb/s)"
+)
+_HALVED = "its tensor peaks are with sparsity: halved"
+
 GPUS: dict[str, Gpu] = {
     g.name: g
     for g in (
-        _gpu(
-            "a100-40", "A100 SXM 40 GB", 40, 1555, (19.5, 312, None), 300, 25, (80, 108),
-            "NVIDIA A100 Tensor Core GPU data sheet; NVIDIA DGX A100 data sheet (8 x 200 Gb/s)",
-        ),
-        _gpu(
-            "a100-80", "A100 SXM 80 GB", 80, 2039, (19.5, 312, None), 300, 25, (80, 108),
-            "NVIDIA A100 Tensor Core GPU data sheet; NVIDIA DGX A100 data sheet (8 x 200 Gb/s)",
-        ),
+        _gpu("a100-40", "A100 SXM 40 GB", 40, 1555, (19.5, 312, None), 300, 25, (80, 108), _A100),
+        _gpu("a100-80", "A100 SXM 80 GB", 80, 2039, (19.5, 312, None), 300, 25, (80, 108), _A100),
         _gpu(
             "h100", "H100 SXM 80 GB", 80, 3350, (67, 989.5, 1979), 450, 50, (90, 132),
-            "NVIDIA H100 Tensor Core GPU data sheet (its tensor peaks are with sparsity: halved); "
+            f"NVIDIA H100 Tensor Core GPU data sheet ({_HALVED}), "
+            "https://resources.nvidia.com/en-us-gpu-resources/h100-datasheet-24306; "
             "NVIDIA DGX H100 data sheet (8 x 400 Gb/s)",
         ),
         _gpu(
             "h200", "H200 SXM 141 GB", 141, 4800, (67, 989.5, 1979), 450, 50, (90, 132),
-            "NVIDIA H200 Tensor Core GPU data sheet (its tensor peaks are with sparsity: halved); "
-            "NVIDIA DGX H200 data sheet (8 x 400 Gb/s)",
+            f"NVIDIA H200 Tensor Core GPU, specifications ({_HALVED}), "
+            "https://www.nvidia.com/en-us/data-center/h200/; NVIDIA DGX H200 data sheet (8 x 400 Gb/s)",
         ),
         _gpu(
-            "b200", "HGX B200 180 GB", 180, 8000, (75, 2250, 4500), 900, 50, (100, 148),
-            "NVIDIA DGX B200 data sheet, per GPU (8 GPUs: 1,440 GB, 64 TB/s, 72 PFLOPS FP8 with sparsity)",
+            "b200", "HGX B200 180 GB", 180, 7700, (75, 2250, 4500), 900, 50, (100, 148),
+            f"NVIDIA Blackwell data sheet, HGX B200, individual GPU ({_HALVED}), "
+            "https://nvdam.widen.net/s/wwnsxrhm2w",
+            "the DGX B200 data sheet, https://resources.nvidia.com/en-us-dgx-systems/dgx-b200-datasheet, "
+            "tells 64 TB/s for 8 GPUs, which is 8000 GB/s each",
         ),
         _gpu(
             "l4", "L4 24 GB", 24, 300, (30.3, 121, 242.5), 32, 12.5, (89, 58),
-            "NVIDIA L4 Tensor Core GPU data sheet (its tensor peaks are with sparsity: halved)", _PCIE4,
+            f"NVIDIA L4 Tensor Core GPU, specifications ({_HALVED}), "
+            "https://www.nvidia.com/en-us/data-center/l4/", _PCIE4,
         ),
         _gpu(
             "l40s", "L40S 48 GB", 48, 864, (91.6, 362.05, 733), 32, 12.5, (89, 142),
-            "NVIDIA L40S data sheet", _PCIE4,
+            "NVIDIA L40S data sheet, https://resources.nvidia.com/en-us-l40s/l40s-datasheet-28413", _PCIE4,
         ),
         _gpu(
             "rtx-4090", "GeForce RTX 4090 24 GB", 24, 1008, (82.6, 165.2, 330.3), 32, 12.5, (89, 128),
-            "NVIDIA Ada GPU Architecture white paper, appendix A (FP32 accumulation)",
+            "NVIDIA Ada GPU Architecture white paper, appendix A (FP32 accumulation), "
+            "https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf",
             _PCIE4 + "; GeForce boards copy through the host's memory",
         ),
         _gpu(
             "rtx-5090", "GeForce RTX 5090 32 GB", 32, 1792, (104.8, 209.5, 419), 64, 12.5, (120, 170),
-            "NVIDIA RTX Blackwell GPU Architecture white paper (FP32 accumulation)",
+            "NVIDIA RTX Blackwell GPU Architecture white paper (FP32 accumulation), https://images.nvidia.com/"
+            "aem-dam/Solutions/geforce/blackwell/nvidia-rtx-blackwell-gpu-architecture.pdf",
             _PCIE5 + "; GeForce boards copy through the host's memory",
         ),
     )
