@@ -19,6 +19,7 @@ from onnx import helper
 
 from moe_export.backends import get_backend
 from moe_export.backends.trt import build_engine
+from moe_export.config import NATIVE_LOWERINGS
 from moe_export.errors import UsageError
 from moe_export.ops import OPS
 from moe_export.passes import trt_moe
@@ -27,7 +28,7 @@ from moe_export.passes.bfloat16_products import BFloat16Products
 from moe_export.passes.inline_bodies import InlineBodies
 from moe_export.passes.native_choice import choose
 from moe_export.passes.native_experts import NativeExperts
-from moe_export.passes.native_text import NativeForm
+from moe_export.passes.native_text import LOWERINGS, NativeForm
 from tests.backends.trt.small import recipe
 from tests.ops.cases import expert_ids, expert_inputs
 
@@ -299,3 +300,7 @@ def test_what_no_layer_can_be_is_refused_before_any_work(sms: tuple[int, ...], d
         100,
         103,
     ]
+
+
+def test_the_configuration_names_every_form() -> None:
+    assert ("auto", *LOWERINGS, trt_moe.LOWERING) == NATIVE_LOWERINGS
