@@ -43,7 +43,7 @@ def export(
         output: folder to make; holds ``model.onnx``, its weights, and ``manifest.json``.
         weights: of a model folder. ``reference``: they stay in the checkpoint's files, which ``output`` then
             shares by hard links, and none is held in memory; ``load``: read and written anew; ``auto``:
-            referenced where that is possible.
+            referenced where that is possible and the weights take 2 GiB or more.
         inputs, dynamic: of an own module; see :func:`moe_export.importer.sources.load_source`.
 
     Returns: the folder.
@@ -173,7 +173,18 @@ def _by_reference(source: Any, config: BuildConfig) -> bool:
                 f"{source if isinstance(source, (str, Path)) else type(source).__name__} is loaded"
             )
         return False
+    if config.weights == "auto" and _weight_bytes(Path(source)) < REFERENCE_FROM:
+        return False
     return not config.reference_problem()
+
+
+REFERENCE_FROM = 2 << 30
+"""Bytes of weights from which ``weights = "auto"`` leaves them where they lie. Smaller models are loaded:
+then the traced program is run beside the model, and onnx's own tools take the export's files."""
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def _raise_if_failed(bundle: Bundle) -> None:

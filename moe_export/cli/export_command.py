@@ -24,7 +24,7 @@ from moe_export.schema import DTYPES, TASKS
     default="auto",
     show_default=True,
     help="reference: leave the weights in the checkpoint's files, which the export then shares; load: read "
-    "and write them anew; auto: referenced where that is possible.",
+    "and write them anew; auto: referenced from 2 GiB on, where that is possible.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an earlier export at the output.")
 @trust_remote_code_option
@@ -36,8 +36,8 @@ def command(source: str, output: Path, as_json: bool, quiet: bool, **options: An
 
     model.onnx runs in any ONNX runtime, without a library of moe-export. Nothing is verified or measured.
 
-    The weights of a model folder stay in its files, however large they are: the export shares those files
-    (hard links below checkpoint/) and holds no weight in memory.
+    The weights of a large model folder stay in its files: the export shares those files (hard links below
+    checkpoint/) and holds no weight in memory.
     """
     from moe_export.api import export
     from moe_export.cli.output import print_json

@@ -179,3 +179,24 @@ def test_a_shortened_model_is_whole_again_afterwards(tmp_path: Path) -> None:
         assert model.config.layer_types == types[:4]
     assert len(model.model.layers) == 6 == model.config.num_hidden_layers
     assert model.config.layer_types == types
+
+
+def test_large_weights_stay_where_they_lie_and_small_ones_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moe_export import api
+    from moe_export.config import BuildConfig
+    from moe_export.errors import UsageError
+
+    saved("mixtral", tmp_path)
+    auto = BuildConfig(target="portable", verify=False, bench=False)
+    assert not api._by_reference(tmp_path, auto)
+    monkeypatch.setattr(api, "REFERENCE_FROM", 1000)
+    assert api._by_reference(tmp_path, auto)
+    assert api._by_reference(tmp_path, dataclasses.replace(auto, weights="reference"))
+    for changed in ({"weights": "load"}, {"dtype": "float16"}, {"verify": True}, {"target": "onnxruntime"}):
+        assert not api._by_reference(tmp_path, dataclasses.replace(auto, **changed))
+    with pytest.raises(UsageError, match="is for a model folder"):
+        api._by_reference("own.py:make", dataclasses.replace(auto, weights="reference"))
+    with pytest.raises(UsageError, match="weights: reference needs target portable"):
+        dataclasses.replace(auto, weights="reference", target="onnxruntime")
