@@ -55,7 +55,7 @@ def check_tensorrt(trt: Any) -> None:
     version = str(getattr(trt, "__version__", ""))
     match = re.match(r"(\d+)\.(\d+)", version)
     found = (int(match[1]), int(match[2])) if match else (0, 0)
-    advice = "pip install 'moe-export[tensorrt]' --extra-index-url https://pypi.nvidia.com"
+    advice = "pip install 'moe-export[tensorrt]'"
     if not hasattr(trt, "QuickPluginCreationRequest") and found != _BROKEN:
         raise EnvironmentLacksError(
             f"{trt.__name__} {version} has no ahead-of-time plugins; standard TensorRT has: {advice}"

@@ -63,8 +63,8 @@ def load_library(name: str) -> Any:
     try:
         library = importlib.import_module(name)
     except ImportError as error:
-        extra = " --extra-index-url https://pypi.nvidia.com" if name == "tensorrt" else ""
-        raise CannotBuild(f"{name} cannot be imported ({error}); pip install {name}-cu13{extra}") from error
+        module = name.replace("_", "-")
+        raise CannotBuild(f"{name} cannot be imported ({error}); pip install {module}-cu13") from error
     fault = version_fault(name, str(library.__version__))
     if fault:
         raise CannotBuild(fault)

@@ -16,7 +16,7 @@ MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 """Target → Python module of its library."""
 INSTALL = {
     "tensorrt-rtx": "pip install 'moe-export[tensorrt-rtx]'",
-    "tensorrt": "pip install 'moe-export[tensorrt]' --extra-index-url https://pypi.nvidia.com",
+    "tensorrt": "pip install 'moe-export[tensorrt]'",
 }
 DRIVER = "580"
 """The lowest driver of CUDA 13, which both libraries are built with (NVIDIA's CUDA toolkit release notes)."""
