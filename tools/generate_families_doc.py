@@ -4,16 +4,15 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
+
+from doc_page import ROOT, write_or_check
 
 from moe_export.models.families import FAMILIES, NOT_MOE, Family
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "families.md"
 RESULTS = ROOT / "moe_export" / "models" / "families" / "results.json"
 
@@ -70,11 +69,18 @@ def _table(families: Iterable[Family], rows: dict[str, Any]) -> Iterable[str]:
     for family in families:
         for model_class in family.classes:
             row = rows.get(model_class)
-            router = {"Router op": "op", "plain nodes": "plain"}.get(row["router"],
-                                                                     row["router"]) if row else "?"
+            router = (
+                {"Router op": "op", "plain nodes": "plain"}.get(row["router"], row["router"]) if row else "?"
+            )
             error = "{portable:.1e} / {onnxruntime:.1e}".format(**row["max_error"]) if row else "not measured"
-            cells = (family.name, f"`{model_class}`", family.routing, router,
-                     row["moe_layers"] if row else "?", error)
+            cells = (
+                family.name,
+                f"`{model_class}`",
+                family.routing,
+                router,
+                row["moe_layers"] if row else "?",
+                error,
+            )
             yield f"| {' | '.join(str(c) for c in cells)} | {_notes(family)} |"
 
 
@@ -86,16 +92,8 @@ def _notes(family: Family) -> str:
 
 
 def main() -> int:
-    """Write the page, or with ``--check`` say whether it is fresh."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the page is stale")
-    if parser.parse_args().check:
-        fresh = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page()
-        if not fresh:
-            print(f"{PAGE} is stale; run python tools/generate_families_doc.py", file=sys.stderr)
-        return 0 if fresh else 1
-    PAGE.write_text(page(), encoding="utf-8")
-    return 0
+    """Write the page, or with ``--check`` tell whether it is fresh."""
+    return write_or_check(PAGE, page, __file__)
 
 
 if __name__ == "__main__":

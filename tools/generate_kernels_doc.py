@@ -6,11 +6,10 @@ No GPU is needed and none is used. Kernels that are not in the cache are compile
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from doc_page import ROOT, write_or_check
 from moe_export_plugins.gpu.compile import CompiledKernel, compile_kernels
 from moe_export_plugins.gpu.contract import (
     CAPACITY_REFUSED,
@@ -32,7 +31,7 @@ from moe_export.costs.moe_kernels import (
     predict_layer,
 )
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "gpu-kernels.md"
+PAGE = ROOT / "docs" / "gpu-kernels.md"
 LAYERS = {
     "64 experts, 8 chosen, H 2048, I 1024": (64, 8, 2048, 1024),
     "8 experts, 2 chosen, H 4096, I 14336 (Mixtral 8x7B)": (8, 2, 4096, 14336),
@@ -167,20 +166,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def main() -> int:
-    """Write the page, or with --check tell whether it is fresh."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit with 1 when the page is stale"
-    )
-    arguments = parser.parse_args()
-    text = page(compile_kernels(requests()))
-    if arguments.check:
-        if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
-            print(f"{PAGE.name} is stale: run python tools/generate_kernels_doc.py", file=sys.stderr)
-            return 1
-        return 0
-    PAGE.write_text(text, encoding="utf-8")
-    return 0
+    """Write the page, or with ``--check`` tell whether it is fresh."""
+    return write_or_check(PAGE, lambda: page(compile_kernels(requests())), __file__)
 
 
 if __name__ == "__main__":

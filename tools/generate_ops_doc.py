@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
+
+from doc_page import ROOT, write_or_check
 
 from moe_export.ops import DOMAIN, OPS, VERSION, Attribute, OpContract, Param
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "ops.md"
+PAGE = ROOT / "docs" / "ops.md"
 
 HEAD = f"""\
 # Ops
@@ -102,20 +102,8 @@ def _cell(text: str) -> str:
 
 
 def main() -> int:
-    """Write the page, or with --check tell whether it is fresh."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit with 1 when the page is stale"
-    )
-    arguments = parser.parse_args()
-    text = page()
-    if arguments.check:
-        if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
-            print(f"{PAGE.name} is stale: run python tools/generate_ops_doc.py", file=sys.stderr)
-            return 1
-        return 0
-    PAGE.write_text(text, encoding="utf-8")
-    return 0
+    """Write the page, or with ``--check`` tell whether it is fresh."""
+    return write_or_check(PAGE, page, __file__)
 
 
 if __name__ == "__main__":

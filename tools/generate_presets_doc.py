@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+
+from doc_page import ROOT, write_or_check
 
 from moe_export.costs import FORMATS, GPUS
 from moe_export.inspect.presets import RULES, Preset, presets
 from moe_export.inspect.summary import COUNTING_RULE
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "presets.md"
+PAGE = ROOT / "docs" / "presets.md"
 
 HEAD = f"""\
 # Presets and GPUs
@@ -128,16 +128,8 @@ def _formats() -> Iterator[str]:
 
 
 def main() -> int:
-    """Write the page, or with ``--check`` say whether it is fresh."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the page is stale")
-    if parser.parse_args().check:
-        fresh = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page()
-        if not fresh:
-            print(f"{PAGE.name} is stale: run python tools/generate_presets_doc.py", file=sys.stderr)
-        return 0 if fresh else 1
-    PAGE.write_text(page(), encoding="utf-8")
-    return 0
+    """Write the page, or with ``--check`` tell whether it is fresh."""
+    return write_or_check(PAGE, page, __file__)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 
 from moe_export.models.families import FAMILIES, family
 from moe_export.trace import LayerTrace, TracedRun
-from tests.helpers.families import tool
+from tests.helpers.tools import check_stale_page_is_found, tool
 
 measuring = tool("measure_families")
 page = tool("generate_families_doc")
@@ -141,13 +140,4 @@ def test_page_names_every_family() -> None:
 def test_check_finds_a_stale_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(page, "PAGE", tmp_path / "families.md")
-    monkeypatch.setattr(sys, "argv", ["generate_families_doc.py", "--check"])
-    assert page.main() == 1
-    monkeypatch.setattr(sys, "argv", ["generate_families_doc.py"])
-    assert page.main() == 0
-    monkeypatch.setattr(sys, "argv", ["generate_families_doc.py", "--check"])
-    assert page.main() == 0
-    page.PAGE.write_text(page.PAGE.read_text(encoding="utf-8") + "stale", encoding="utf-8")
-    assert page.main() == 1
-    assert "is stale" in capsys.readouterr().err
+    check_stale_page_is_found(page, tmp_path, monkeypatch, capsys)

@@ -1,25 +1,8 @@
-"""The tools that measure families and write their page, as modules."""
+"""Measures a family as ``tools/measure_families.py`` does, and fails with what it finds."""
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@functools.cache
-def tool(name: str) -> ModuleType:
-    """``tools/<name>.py``, imported once."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+from tests.helpers.tools import tool
 
 
 def check_family(name: str, model_class: str) -> None:

@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from moe_export.costs import GPUS
 from moe_export.inspect.presets import presets
+from tests.helpers.tools import check_stale_page_is_found, tool
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def generator() -> ModuleType:
-    path = ROOT / "tools" / "generate_presets_doc.py"
-    spec = importlib.util.spec_from_file_location("generate_presets_doc", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+generator = tool("generate_presets_doc")
 
 
-def test_page_is_fresh(generator: ModuleType) -> None:
-    written = (ROOT / "docs" / "presets.md").read_text(encoding="utf-8")
+def test_page_is_fresh() -> None:
+    written = generator.PAGE.read_text(encoding="utf-8")
     assert written == generator.page(), "run python tools/generate_presets_doc.py"
 
 
-def test_page_has_every_preset_figure_and_gpu(generator: ModuleType) -> None:
+def test_page_has_every_preset_figure_and_gpu() -> None:
     page = generator.page()
     for preset in presets().values():
         assert f"| `{preset.name}` | " in page
@@ -41,16 +29,6 @@ def test_page_has_every_preset_figure_and_gpu(generator: ModuleType) -> None:
 
 
 def test_check_finds_a_stale_page(
-    generator: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    page = tmp_path / "presets.md"
-    monkeypatch.setattr(generator, "PAGE", page)
-    monkeypatch.setattr(sys, "argv", ["generate_presets_doc.py", "--check"])
-    assert generator.main() == 1
-    monkeypatch.setattr(sys, "argv", ["generate_presets_doc.py"])
-    assert generator.main() == 0
-    monkeypatch.setattr(sys, "argv", ["generate_presets_doc.py", "--check"])
-    assert generator.main() == 0
-    page.write_text(page.read_text() + "stale")
-    assert generator.main() == 1
-    assert "is stale" in capsys.readouterr().err
+    check_stale_page_is_found(generator, tmp_path, monkeypatch, capsys)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,20 +12,13 @@ from moe_export_plugins.gpu.compile import compile_kernels
 from moe_export_plugins.gpu.contract import CONTRACTS
 from moe_export_plugins.gpu.matrix import SMS, requests, table_row
 
-ROOT = Path(__file__).resolve().parents[3]
-PAGE = ROOT / "docs" / "gpu-kernels.md"
+from tests.helpers.tools import check_stale_page_is_found, tool
 
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+generator = tool("generate_kernels_doc")
+PAGE = generator.PAGE
 
 
 def test_parts_that_need_no_compiler_are_fresh() -> None:
-    generator = load("generate_kernels_doc")
     text = PAGE.read_text(encoding="utf-8")
     assert text.startswith(generator.HEAD)
     assert "\n".join(generator.predictions()) in text
@@ -46,6 +37,14 @@ def test_table_has_every_kernel_and_some_are_compiled_again() -> None:
         assert "| " + " | ".join(table_row(kernel)) + " |" in rows
 
 
+def test_check_finds_a_stale_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = [r for r in requests(sms=("sm_80",), dtypes=("float16",)) if r.kernel == "combine"]
+    monkeypatch.setattr(generator, "requests", lambda: few)
+    check_stale_page_is_found(generator, tmp_path, monkeypatch, capsys)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_whole_matrix_fulfils_the_checks_and_the_page_is_fresh() -> None:
@@ -56,21 +55,21 @@ def test_whole_matrix_fulfils_the_checks_and_the_page_is_fresh() -> None:
             word = {"sm_90a": "HGMMA", "sm_100a": "UTCHMMA"}.get(kernel.sm, "HMMA")
             assert set(kernel.tensor_instructions) == {word}
     assert {k.sm for k in kernels} == set(SMS)
-    assert PAGE.read_text(encoding="utf-8") == load("generate_kernels_doc").page(kernels)
+    assert PAGE.read_text(encoding="utf-8") == generator.page(kernels)
 
 
 def test_table_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    tool = load("kernel_table")
+    command = tool("kernel_table")
     monkeypatch.setattr(
-        tool, "requests", lambda **given: [r for r in requests(**given) if r.kernel == "combine"]
+        command, "requests", lambda **given: [r for r in requests(**given) if r.kernel == "combine"]
     )
-    assert tool.main(["--sm", "80", "--dtype", "float16", "--few", "--json"]) == 0
+    assert command.main(["--sm", "80", "--dtype", "float16", "--few", "--json"]) == 0
     printed = capsys.readouterr()
     rows: list[dict[str, Any]] = json.loads(printed.out)
     assert [(r["kernel"], r["SM"], r["problems"]) for r in rows] == [("combine", "sm_80", "-")]
     assert "Not run on a GPU" in printed.err
-    monkeypatch.setattr(tool, "problems", lambda _kernel: ("broken",))
-    assert tool.main(["--sm", "80", "--dtype", "float16", "--few"]) == 1
+    monkeypatch.setattr(command, "problems", lambda _kernel: ("broken",))
+    assert command.main(["--sm", "80", "--dtype", "float16", "--few"]) == 1
     assert "registers" in capsys.readouterr().out
-    assert tool.main(["--sm", "70"]) == 2
+    assert command.main(["--sm", "70"]) == 2
     assert "no GPU kernels for SM '70'" in capsys.readouterr().err
