@@ -142,6 +142,8 @@ def write_onnx(context: PassContext, folder: Path) -> None:
         node.doc_string = None
     model.ir_version = 10
     files = place_weights(model, folder, DATA_FILE)
-    if files.referenced:
+    if files is None:
+        ir.save(model, folder / MODEL_FILE, external_data=DATA_FILE)
+    else:
         context.notes.append(f"weights: {files.text()}")
-    ir.save(model, folder / MODEL_FILE)
+        ir.save(model, folder / MODEL_FILE)

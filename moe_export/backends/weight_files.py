@@ -44,9 +44,9 @@ class WeightFiles:
         return f"{text}; {bytes_text(self.copied)} of its files copied: {self.why}" if self.copied else text
 
 
-def place_weights(model: ir.Model, folder: Path, data_file: str) -> WeightFiles:
+def place_weights(model: ir.Model, folder: Path, data_file: str) -> WeightFiles | None:
     """Give every initializer of ``model`` a place in ``folder``: tensors of a checkpoint in links to its
-    files below ``checkpoint/``, others in ``data_file``.
+    files below ``checkpoint/``, others in ``data_file``. None, and nothing done, where none lies in one.
 
     Raises:
         SourceError: a file of the checkpoint cannot be linked or copied.
@@ -55,6 +55,8 @@ def place_weights(model: ir.Model, folder: Path, data_file: str) -> WeightFiles:
 
     values = [v for v in model.graph.initializers.values() if v.const_value is not None]
     referenced = [v for v in values if _foreign(v.const_value, folder)]
+    if not referenced:
+        return None
     rest = [v for v in values if not _foreign(v.const_value, folder) and _large(v.const_value)]
     places, copied, why = _take_over(referenced, folder)
     for value in referenced:

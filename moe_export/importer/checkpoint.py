@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,7 +29,6 @@ __all__ = [
     "file_digests",
     "hash_of_digests",
     "inspect_checkpoint",
-    "read_through",
     "source_hash",
 ]
 
@@ -159,19 +157,6 @@ def hash_of_digests(digests: Mapping[str, tuple[int, str]]) -> str:
     """One hash of :func:`file_digests`' result."""
     text = "".join(f"{name}\0{size}\0{digest}\0" for name, (size, digest) in digests.items())
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def read_through(folder: str | Path, progress: Progress | None = None) -> dict[str, tuple[int, str]]:
-    """:func:`check_finite` and :func:`file_digests` at the same time, so that a large checkpoint is read from
-    the disk once.
-
-    Raises:
-        SourceError: as they do.
-    """
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        digests = pool.submit(file_digests, folder)  # a display shows one stage at a time: the slower one's
-        check_finite(folder, progress)
-        return digests.result()
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from ..schema import ModelIO
     from .graphs import TracedGraph
+    from .layer_kinds import LayerKinds
     from .weight_sources import StoredWeights
 
 GRAPH_PREFIX = "model."
@@ -31,34 +32,44 @@ def trace_from_shapes(
         ExportError: the model looks at values before it knows what to compute, or cannot be traced.
     """
     from .layer_copies import CannotCopy, copy_layers
-    from .layer_kinds import decoder_layers, layer_kinds, only_first_layers, shortest_prefix
+    from .layer_kinds import LayerKinds, decoder_layers, only_first_layers, shortest_prefix
     from .trace import trace
 
     found = decoder_layers(model)
     if found is None:
         return *trace(_planned(plan), opset, stored), ()
     path, layers = found
-    runs: list[TracedGraph] = []
-    with _no_values():
-        kinds = layer_kinds(model, layers, lambda: runs.append(plan()))
-    whole = _with_values(runs[0])
-    prefix = shortest_prefix(kinds)
-    if prefix is None or prefix >= len(kinds):
+    kinds, whole = _kinds_and_plan(model, path, plan)
+    prefix = shortest_prefix(kinds.layers)
+    if prefix is None or prefix >= len(layers):
         return *trace(whole, opset, stored), ()
     buffers = {GRAPH_PREFIX + name: tensor for name, tensor in model.named_buffers()}
 
     def complete(graph: ir.Model, io: ModelIO) -> ModelIO:
-        return copy_layers(graph, io, GRAPH_PREFIX + path, kinds, prefix, buffers)
+        return copy_layers(graph, io, GRAPH_PREFIX + path, kinds.layers, prefix, buffers)
 
     try:
         with only_first_layers(model, path, prefix):
-            graph, io = trace(_planned(plan), opset, stored, complete)
+            short, first = _kinds_and_plan(model, path, plan)
+            if short != LayerKinds(kinds.layers[:prefix], kinds.around):
+                raise CannotCopy("with fewer layers the model computes something else")
+            graph, io = trace(first, opset, stored, complete)
         if [s.name for s in io.inputs] != [s.name for s in whole.io.inputs]:
             raise CannotCopy("the whole model has other inputs")
     except CannotCopy as error:
         return *trace(whole, opset, stored), (f"every layer was traced by itself: {error}",)
-    text = f"{prefix} of {len(kinds)} layers were traced, the others copied from those of their kind"
+    text = f"{prefix} of {len(layers)} layers were traced, the others copied from those of their kind"
     return graph, io, (text,)
+
+
+def _kinds_and_plan(model: Any, path: str, plan: Callable[[], TracedGraph]) -> tuple[LayerKinds, TracedGraph]:
+    """Both from one run of ``plan``."""
+    from .layer_kinds import layer_kinds
+
+    runs: list[TracedGraph] = []
+    with _no_values():
+        kinds = layer_kinds(model, model.get_submodule(path), lambda: runs.append(plan()))
+    return kinds, _with_values(runs[0])
 
 
 def _planned(plan: Callable[[], TracedGraph]) -> TracedGraph:

@@ -71,8 +71,6 @@ def hollow_model(
         model = cls._from_config(config, dtype=torch.float32, **(options or {}))
     stored = stored_weights(model, checkpoint)
     for name, tensor in list(model.state_dict(keep_vars=True).items()):
-        if name not in stored.sources:
-            continue  # tied to another one
         small = tensor.numel() <= SMALL or not tensor.is_floating_point()
         value = stored.weight(name) if small else hollow_tensor(tensor.shape, torch.float32)
         if tuple(value.shape) != tuple(tensor.shape):

@@ -206,7 +206,7 @@ def _check_same(
     one: _Region, other: _Region, path: str, caches: dict[int, str], outputs: dict[str, ir.Value]
 ) -> None:
     """Two traced layers are one expression, node by node from their results back."""
-    pairs = [(one.out, other.out)]
+    pairs: list[tuple[ir.Value | None, ir.Value | None]] = [(one.out, other.out)]
     for name, value in outputs.items():
         found = _CACHE.match(name)
         if found and int(found[2]) == one.index:
@@ -214,11 +214,12 @@ def _check_same(
             if twin is None:
                 raise CannotCopy(f"layer {other.index} has no {_number(name, other.index)}")
             pairs.append((value, twin))
-    seen: dict[int, int] = {}
+    seen: set[tuple[int, int]] = set()
     while pairs:
         a, b = pairs.pop()
-        if seen.setdefault(id(a), id(b)) == id(b) and a is b:
+        if a is None or b is None or a is b or (id(a), id(b)) in seen:
             continue
+        seen.add((id(a), id(b)))
         if (a is one.hidden) != (b is other.hidden):
             raise CannotCopy(f"layers {one.index} and {other.index} use the hidden state differently")
         if a is one.hidden:
@@ -230,17 +231,9 @@ def _check_same(
                     f"layers {one.index} and {other.index} differ: {a.name!r} and {b.name!r} are not the same"
                 )
             continue
-        if (first.domain, first.op_type, len(first.inputs)) != (
-            second.domain,
-            second.op_type,
-            len(second.inputs),
-        ) or not _same_attributes(first, second, one.index, other.index, path):
+        if not _same_call(first, second, one.index, other.index, path) or a.index() != b.index():
             raise CannotCopy(f"layers {one.index} and {other.index} differ at a {first.op_type}")
-        for x, y in zip(first.inputs, second.inputs, strict=True):
-            if (x is None) != (y is None):
-                raise CannotCopy(f"layers {one.index} and {other.index} differ at a {first.op_type}")
-            if x is not None and y is not None and x is not y and (id(x), id(y)) not in seen.items():
-                pairs.append((x, y))
+        pairs += [(x, y) for x, y in zip(first.inputs, second.inputs, strict=True) if x is not y]
 
 
 def _same_leaf(a: ir.Value, b: ir.Value, first: int, second: int, path: str, caches: dict[int, str]) -> bool:
@@ -257,10 +250,15 @@ def _same_leaf(a: ir.Value, b: ir.Value, first: int, second: int, path: str, cac
     return False
 
 
-def _same_attributes(a: ir.Node, b: ir.Node, first: int, second: int, path: str) -> bool:
+def _same_call(a: ir.Node, b: ir.Node, first: int, second: int, path: str) -> bool:
+    """The same operator, with the same attributes, on inputs of the same number."""
     import numpy as np
     import onnx_ir as ir
 
+    if (a.domain, a.op_type, a.overload) != (b.domain, b.op_type, b.overload):
+        return False
+    if [v is None for v in a.inputs] != [v is None for v in b.inputs]:
+        return False
     if set(a.attributes) != set(b.attributes):
         return False
     for name, attribute in a.attributes.items():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,21 +28,32 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
     return found[0] if len(found) == 1 and count else None
 
 
-def layer_kinds(model: nn.Module, layers: nn.ModuleList, run: Callable[[], Any]) -> list[str]:
-    """For each layer a text that is the same for layers that compute the same thing on other weights.
+@dataclass(frozen=True)
+class LayerKinds:
+    """What a model computes, by texts that are equal where the same is computed on other weights.
 
-    It is made of the layer's modules with their plain attributes, of the shapes of its weights, and of every
-    operator that the layer calls while ``run`` runs the model, with all arguments that are no tensors: a
-    layer that looks at its own number shows there.
+    ``layers``: one for each layer. ``around``: what the model calls outside its layers.
     """
-    calls = _operator_calls(list(layers), run)
-    return [
-        hashlib.sha256(f"{_description(layer)}\n{text}".encode()).hexdigest()
-        for layer, text in zip(layers, calls, strict=True)
-    ]
+
+    layers: tuple[str, ...]
+    around: str
 
 
-def shortest_prefix(kinds: list[str]) -> int | None:
+def layer_kinds(model: nn.Module, layers: nn.ModuleList, run: Callable[[], Any]) -> LayerKinds:
+    """Made of each layer's modules with their plain attributes, of the shapes of its weights, and of every
+    operator that the model calls while ``run`` runs it, with all arguments that are no tensors: a layer that
+    looks at its own number, or at the number of layers, shows there.
+    """
+    *calls, around = _operator_calls(model, list(layers), run)
+    kinds = (_digest(f"{_description(layer)}\n{text}") for layer, text in zip(layers, calls, strict=True))
+    return LayerKinds(tuple(kinds), _digest(around))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def shortest_prefix(kinds: Sequence[str]) -> int | None:
     """How many layers hold each kind that occurs again two times after the first layer; None: all of them."""
     seen: dict[str, int] = {}
     for index, kind in enumerate(kinds):
@@ -100,15 +112,17 @@ def _description(layer: nn.Module) -> str:
     return "\n".join(lines)
 
 
-def _operator_calls(layers: list[nn.Module], run: Callable[[], Any]) -> list[str]:
-    """What each layer calls, one text per layer; weights by their name in the layer."""
+def _operator_calls(model: nn.Module, layers: list[nn.Module], run: Callable[[], Any]) -> list[str]:
+    """What each layer calls, one text per layer, and last what the model calls around them; weights of a
+    layer by their name in it."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
     names: list[dict[int, str]] = [
         {id(t): n for n, t in (*layer.named_parameters(), *layer.named_buffers())} for layer in layers
     ]
-    logs: list[list[str]] = [[] for _ in layers]
+    names.append({})
+    logs: list[list[str]] = [[] for _ in names]
     inside: list[int] = []
 
     def shown(value: Any) -> str:
@@ -133,7 +147,7 @@ def _operator_calls(layers: list[nn.Module], run: Callable[[], Any]) -> list[str
         inside.pop()
 
     handles = []
-    for index, layer in enumerate(layers):
+    for index, layer in enumerate([*layers, model]):
         handles.append(layer.register_forward_pre_hook(enter(index)))
         handles.append(layer.register_forward_hook(leave))
     try:

@@ -149,7 +149,8 @@ def check_finite_state(module: nn.Module) -> None:
 def _folder_source(
     folder: Path, task: str | None, trust_remote_code: bool, hollow: bool, progress: Progress
 ) -> LoadedSource:
-    from .checkpoint import hash_of_digests, inspect_checkpoint, read_through
+    from .checkpoint import hash_of_digests, inspect_checkpoint
+    from .read_through import read_through
 
     checkpoint = inspect_checkpoint(folder, trust_remote_code=trust_remote_code)
     digests = read_through(folder, progress)

@@ -90,7 +90,7 @@ class StoredWeights:
 
 
 def stored_weights(model: Any, checkpoint: CheckpointInfo) -> StoredWeights:
-    """Where each parameter and persistent buffer comes from; tied ones only by the name that is stored.
+    """Where each parameter and persistent buffer comes from; a tied one from where its twin does.
 
     Args:
         model: a transformers model; its weights are not looked at (they may be on the meta device).
@@ -118,7 +118,12 @@ def stored_weights(model: Any, checkpoint: CheckpointInfo) -> StoredWeights:
             sources[target] = AsStored(parts[None][0])
         else:
             sources.update(_through(target, by_pattern[patterns[0]], parts, model))
-    _check(model, wanted, sources, checkpoint)
+    for name, other in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if name not in sources and other in sources:
+            sources[name] = sources[other]
+        elif other not in sources and name in sources:  # the checkpoint holds it by its second name
+            sources[other] = sources[name]
+    _check(wanted, sources, checkpoint)
     return StoredWeights(checkpoint, {name: source for name, source in sources.items() if name in wanted})
 
 
@@ -182,10 +187,9 @@ def _matches(pattern: str, name: str) -> bool:
 
 
 def _check(
-    model: Any, wanted: Mapping[str, Any], sources: Mapping[str, WeightSource], checkpoint: CheckpointInfo
+    wanted: Mapping[str, Any], sources: Mapping[str, WeightSource], checkpoint: CheckpointInfo
 ) -> None:
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    lacking = sorted(name for name in wanted if name not in sources and name not in tied)
+    lacking = sorted(name for name in wanted if name not in sources)
     wrong = sorted(
         name
         for name, source in sources.items()

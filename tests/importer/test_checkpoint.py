@@ -9,7 +9,8 @@ import struct
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,13 @@ from moe_export.importer.checkpoint import (
     CheckpointInfo,
     check_finite,
     experts_in_config,
+    hash_of_digests,
     inspect_checkpoint,
     source_hash,
 )
+from moe_export.importer.read_through import read_through
 from moe_export.importer.safetensors_header import DTYPE_BITS, read_header
+from moe_export.progress import NullProgress
 
 CONFIG = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4}
 DTYPES: dict[str, Any] = {
@@ -736,3 +740,48 @@ def test_experts_in_every_config_of_transformers() -> None:
         assert counted - others - {"top_k_experts"} == set(_EXPERT_KEYS)
     finally:
         logging.disable(logging.NOTSET)
+
+
+def test_both_full_reads_at_once(tmp_path: Path) -> None:
+    folder = make_sharded(tmp_path / "m")
+    assert hash_of_digests(read_through(folder)) == source_hash(folder)
+    sizes = {name: size for name, (size, _) in read_through(folder).items()}
+    assert sizes[SECOND] == (folder / SECOND).stat().st_size
+    save(folder / SECOND, {"b": np.full((3, 1), np.nan, np.float32)})
+    with pytest.raises(SourceError, match="tensor 'b'.*3 NaN"):
+        read_through(folder)
+
+
+def test_a_failure_of_one_reader_ends_the_other(tmp_path: Path) -> None:
+    folder = make_sharded(tmp_path / "m")
+    seen = []
+
+    class Interrupted(NullProgress):
+        @contextmanager
+        def stage(self, name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+            def step(count: int) -> None:
+                seen.append(name)
+                raise KeyboardInterrupt
+
+            yield step
+
+    with pytest.raises(KeyboardInterrupt):
+        read_through(folder, Interrupted())
+    assert seen == ["hash source"]
+
+
+def test_holes_of_a_sparse_file_are_zeros_and_what_lies_between_is_read(tmp_path: Path) -> None:
+    count = 24 << 20  # three blocks of 32 MiB
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    header = json.dumps({"a": {"dtype": "F32", "shape": [count], "data_offsets": [0, 4 * count]}}).encode()
+    header += b" " * (-len(header) % 8)
+    file = tmp_path / "model.safetensors"
+    with file.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(header)) + header)
+        stream.truncate(8 + len(header) + 4 * count)
+    check_finite(tmp_path)
+    with file.open("r+b") as stream:
+        stream.seek(8 + len(header) + 4 * (count - 5))
+        stream.write(np.float32(np.inf).tobytes())
+    with pytest.raises(SourceError, match=rf"1 infinite of its values, the first at \[{count - 5}\]"):
+        check_finite(tmp_path)

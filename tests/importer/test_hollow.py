@@ -19,7 +19,7 @@ from moe_export.errors import SourceError
 from moe_export.importer import hollow
 from moe_export.importer.checkpoint import inspect_checkpoint
 from moe_export.importer.export import export_model
-from moe_export.importer.layer_kinds import only_first_layers, shortest_prefix
+from moe_export.importer.layer_kinds import LayerKinds, layer_kinds, only_first_layers, shortest_prefix
 from moe_export.importer.sources import load_source
 from moe_export.importer.weight_sources import Converted, PerExpert, stored_weights
 from moe_export.models.families import FAMILIES
@@ -83,6 +83,17 @@ def test_where_weights_come_from(tmp_path: Path) -> None:
     assert converted
     for name in converted:
         assert torch.equal(stored.weight(name), model.state_dict()[name]), name
+
+
+def test_tied_weights_are_one_tensor_of_the_checkpoint(tmp_path: Path) -> None:
+    entry = FAMILIES["mixtral"]
+    entry = dataclasses.replace(entry, tiny={**entry.tiny, "tie_word_embeddings": True})
+    model = build_tiny(entry)
+    model.save_pretrained(tmp_path)
+    stored = stored_weights(model, inspect_checkpoint(tmp_path))
+    assert stored.sources["lm_head.weight"] == stored.sources["model.embed_tokens.weight"]
+    made, _ = hollow.hollow_model(type(model), model.config, inspect_checkpoint(tmp_path))
+    assert made.lm_head.weight is made.model.embed_tokens.weight
 
 
 def test_a_lacking_or_misshapen_weight_is_named(tmp_path: Path) -> None:
@@ -169,6 +180,34 @@ def test_prefixes_hold_each_kind_two_times_after_the_first_layer() -> None:
     assert shortest_prefix(["d", "d", "d", "m", "m", "m", "m"]) == 5
     assert shortest_prefix(["s", "f", "s", "f", "s", "f", "s", "f"]) == 5
     assert shortest_prefix(["a", "b", "c"]) is None
+
+
+def kinds_of(model: Any) -> LayerKinds:
+    def run() -> None:
+        model(input_ids=torch.ones(1, 4, dtype=torch.int64), use_cache=False)
+
+    return layer_kinds(model, model.model.layers, run)
+
+
+def test_kinds_tell_layers_by_what_they_compute(tmp_path: Path) -> None:
+    model = saved("mixtral", tmp_path, layers=4)
+    same = kinds_of(model)
+    assert len(set(same.layers)) == 1
+    with only_first_layers(model, "model.layers", 3):
+        assert kinds_of(model) == LayerKinds(same.layers[:3], same.around)
+    layer = model.model.layers[2]
+    forward = layer.forward
+    # A layer that looks at its own number, and a model that looks at the number of its layers.
+    layer.forward = lambda x, *args, **kwargs: forward(x * (1 + 2 / 7), *args, **kwargs)
+    other = kinds_of(model)
+    assert len(set(other.layers)) == 2 and other.layers[2] != other.layers[1]
+    assert other.around == same.around
+    layer.forward = forward
+    norm = model.model.norm.forward
+    model.model.norm.forward = lambda x: norm(x) / len(model.model.layers)
+    whole = kinds_of(model)
+    with only_first_layers(model, "model.layers", 3):
+        assert kinds_of(model).around != whole.around
 
 
 def test_a_shortened_model_is_whole_again_afterwards(tmp_path: Path) -> None:
