@@ -5,24 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..costs.tiles import tiles
 from ..errors import EnvironmentLacksError, UsageError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ..costs.tiles import Tile
-
     Array = NDArray[Any]
 
 _ROWS = 32
 """Of a tile: few large blocks are what the interpreter is quickest with."""
-_OWN = ("num_experts", "activation", "gated", "layout", "transposed", "alpha", "limit")
-
-
-def _tile(kernel: str, dtype: str) -> Tile:
-    known = tiles(kernel, dtype)
-    return next((t for t in known if t.rows == _ROWS), known[-1])
 
 
 def run_plugin(op: str, inputs: Sequence[Array | None], attributes: Mapping[str, Any]) -> list[Array]:
@@ -30,49 +21,35 @@ def run_plugin(op: str, inputs: Sequence[Array | None], attributes: Mapping[str,
 
     Raises:
         UsageError: no kernels for this op, or outside their limits.
+        InputError: inputs that do not fit the attributes.
         EnvironmentLacksError: the kernels or Triton are not installed.
         CheckFailed: a kernel fails.
     """
     try:
-        from moe_export_plugins.gpu.contract import CONTRACTS
-        from moe_export_plugins.gpu.interpret import run_interpreted
-    except ImportError as error:
+        from moe_export_plugins.gpu.chain import run_experts
+        from moe_export_plugins.gpu.experts import ExpertShape, tile_sets
+    except ModuleNotFoundError as error:
+        if error.name not in ("moe_export_plugins", "moe_export_plugins.gpu"):
+            raise
         raise EnvironmentLacksError(
-            f"plugin nodes are simulated by the GPU kernels, which cannot be imported ({error}); "
-            "pip install 'moe-export[gpu]'"
-        ) from error
+            "plugin nodes are simulated by the kernels of the package moe_export_plugins.gpu, which is "
+            "missing; install moe-export again"
+        ) from None
+    from ..ops import OPS
+
     if op != "ExpertMLP":
         raise UsageError(f"no GPU kernels simulate plugin node {op}; they do ExpertMLP")
-    hidden, ids, weights, up, down, *biases = inputs
-    assert hidden is not None and ids is not None and up is not None and down is not None
-    up_bias, down_bias = biases if biases else (None, None)
-    given = {name: attributes[name] for name in _OWN if name in attributes}
-    given |= {
-        "top_k": ids.shape[1],
-        "hidden": hidden.shape[1],
-        "inner": down.shape[1 if attributes.get("transposed") else 2],
-    }
-    chosen = {
-        kernel: _tile(kernel, hidden.dtype.name) for kernel in ("dispatch", "gate_up", "down", "combine")
-    }
-
-    def run(kernel: str, arrays: Mapping[str, Array | None], bias: Array | None = None) -> dict[str, Array]:
-        constants = {**given, "biased": int(bias is not None)}
-        if bias is not None:
-            constants["bias_dtype"] = bias.dtype.name
-        kept = {a.name: constants[a.name] for a in CONTRACTS[kernel].constants if a.name in constants}
-        present = {name: array for name, array in arrays.items() if array is not None}
-        done: dict[str, Array] = run_interpreted(
-            kernel, present, kept, chosen[kernel], dtype=hidden.dtype.name
-        )
-        return done
-
-    blocks = run("dispatch", {"expert_ids": ids})
-    places = {name: blocks[name] for name in ("sorted_rows", "block_expert")}
-    inner = run("gate_up", {"hidden": hidden, "up": up, "up_bias": up_bias, **places}, up_bias)
-    rows = run(
-        "down",
-        {"inner": inner["inner"], "down": down, "down_bias": down_bias, "weights": weights, **places},
-        down_bias,
+    contract = OPS[op]
+    given = {p.name: array for p, array in zip(contract.inputs, inputs, strict=False) if array is not None}
+    own = {a.name for a in contract.attributes}
+    shape = ExpertShape.of(
+        {name: value for name, value in attributes.items() if name in own},
+        dtype=given["hidden"].dtype.name,
+        top_k=given["expert_ids"].shape[1],
+        hidden=given["hidden"].shape[1],
+        inner=given["down"].shape[1 if attributes.get("transposed") else 2],
+        bias_dtype=given["up_bias"].dtype.name if "up_bias" in given else None,
     )
-    return [run("combine", {"rows": rows["rows"], "expert_ids": ids})["out"]]
+    chosen = next(s for s in tile_sets(shape.dtype) if s.dispatch.rows == _ROWS)
+    out: Array = run_experts(shape, given, chosen)["out"]
+    return [out]

@@ -8,10 +8,12 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from moe_export.costs.tiles import KERNELS, Tile, tiles
+from moe_export.costs.tiles import Tile, tiles
 from moe_export.errors import UsageError
+from moe_export.ops import OPS
 
 from .contract import CONTRACTS
+from .experts import STEPS, ExpertShape, TileSet, tile_sets
 from .interpret import run_interpreted
 
 
@@ -25,9 +27,24 @@ class LayerResult:
     counts: NDArray[Any]
 
 
-def smallest_tiles(dtype: str) -> dict[str, Tile]:
-    """The first tile of each kernel's list; their rows agree."""
-    return {kernel: tiles(kernel, dtype)[0] for kernel in KERNELS}
+def run_experts(
+    shape: ExpertShape, inputs: Mapping[str, NDArray[Any]], chosen: TileSet | None = None
+) -> dict[str, NDArray[Any]]:
+    """One ExpertMLP node: dispatch, gate_up, down and combine, one after the other.
+
+    ``inputs``: those of the op, by name. Returns them and every kernel's outputs, by name.
+
+    Raises:
+        InputError: an input is missing or too many, or does not fit the shape.
+    """
+    tensors = dict(inputs)
+    tile = chosen or tile_sets(shape.dtype)[0]
+    for name in STEPS:
+        rules, constants = CONTRACTS[name], shape.constants(name)
+        # A bias that the shape does not have is passed on, to be refused.
+        given = {t.name: tensors[t.name] for t in rules.inputs if t.name in tensors}
+        tensors |= run_interpreted(name, given, constants, tile.of(name), dtype=shape.dtype)
+    return tensors
 
 
 def run_layer(
@@ -45,40 +62,37 @@ def run_layer(
     """Router, dispatch, gate_up, down and combine, one after the other.
 
     ``logits`` [T, E], ``hidden`` [T, H]; ``up``, ``down`` and biases as the contracts say. ``constants``:
-    attributes of the ops Router and ExpertMLP by name; sizes and dtypes are read off the arrays.
+    attributes of the ops Router and ExpertMLP by name; sizes and dtypes are read off the arrays. ``chosen``:
+    a tile for each of the five kernels.
 
     Raises:
         UsageError: constants outside the kernels' limits.
         InputError: arrays that do not fit each other.
     """
-    transposed = int(constants.get("transposed", 0))
-    inner = down.shape[1 if transposed else 2]
-    sizes = {"num_experts": up.shape[0], "hidden": hidden.shape[1], "inner": inner}
-    tile = dict(chosen or smallest_tiles(hidden.dtype.name))
-    known = {a.name for c in CONTRACTS.values() for a in c.constants}
-    if unknown := set(constants) - known - {"capacity"}:
+    ops = {name: {a.name for a in OPS[name].attributes} for name in ("Router", "ExpertMLP")}
+    if unknown := set(constants) - set.union(*ops.values()):
         raise UsageError(f"GPU kernels of a layer: unknown constants {', '.join(sorted(unknown))}")
-
-    def run(kernel: str, arrays: Mapping[str, NDArray[Any] | None], bias: NDArray[Any] | None = None) -> Any:
-        given = {**constants, **sizes, "biased": int(bias is not None)}
-        if bias is not None:
-            given["bias_dtype"] = bias.dtype.name
-        kept = {a.name: given[a.name] for a in CONTRACTS[kernel].constants if a.name in given}
-        present = {name: array for name, array in arrays.items() if array is not None}
-        return run_interpreted(kernel, present, kept, tile[kernel], dtype=str(hidden.dtype.name))
-
-    routed = run_interpreted_router(logits, selection_bias, constants, tile["router"])
-    ids, weights = routed["expert_ids"], routed["weights"]
-    blocks = run("dispatch", {"expert_ids": ids})
-    places = {name: blocks[name] for name in ("sorted_rows", "block_expert")}
-    activations = run("gate_up", {"hidden": hidden, "up": up, "up_bias": up_bias, **places}, up_bias)
-    rows = run(
-        "down",
-        {"inner": activations["inner"], "down": down, "down_bias": down_bias, "weights": weights, **places},
-        down_bias,
+    biases = {n: b for n, b in (("up_bias", up_bias), ("down_bias", down_bias)) if b is not None}
+    shape = ExpertShape.of(
+        {
+            **{k: v for k, v in constants.items() if k in ops["ExpertMLP"]},
+            "num_experts": up.shape[0],
+            "biased": int(bool(biases)),
+        },
+        dtype=hidden.dtype.name,
+        top_k=constants["top_k"],
+        hidden=hidden.shape[1],
+        inner=down.shape[1 if constants.get("transposed") else 2],
+        bias_dtype=next((b.dtype.name for b in biases.values()), None),
     )
-    out = run("combine", {"rows": rows["rows"], "expert_ids": ids})
-    return LayerResult(weights, ids, out["out"], blocks["counts"])
+    router_tile = chosen["router"] if chosen else tiles("router", shape.dtype)[0]
+    routed = run_interpreted_router(logits, selection_bias, constants, router_tile)
+    made = run_experts(
+        shape,
+        {"hidden": hidden, "up": up, "down": down, **biases, **routed},
+        TileSet(**{name: chosen[name] for name in STEPS}) if chosen else None,
+    )
+    return LayerResult(made["weights"], made["expert_ids"], made["out"], made["counts"])
 
 
 def run_interpreted_router(
