@@ -6,14 +6,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moe_export.errors import UsageError, choices_text
 from moe_export.schema import DTYPES, TASKS
-from moe_export.sms import GPU_TARGETS, check_dtype, check_sms
+from moe_export.sms import GPU_TARGETS, check_dtype, check_sms, sms_of
 
 TARGETS: tuple[str, ...] = ("onnxruntime", "portable", *GPU_TARGETS)
 EXPERT_WEIGHTS: tuple[str, ...] = ("auto", "as-is", "packed")
@@ -95,63 +96,12 @@ class BuildConfig:
     """What the engine is measured against, of :data:`BASELINES`; None = all."""
 
     def __post_init__(self) -> None:
-        for name in ("verify", "bench", "overwrite", "trust_remote_code"):
-            if type(getattr(self, name)) is not bool:
-                raise UsageError(f"{name}: expected true or false, got {getattr(self, name)!r}")
         _check_choice("target", self.target, TARGETS)
-        self._check_gpu()
-        _check_choice("dtype", self.dtype, DTYPES)
-        _check_choice("expert_lowering", self.expert_lowering, EXPERT_LOWERINGS)
+        self._check_gpu()  # before the dtype alone: it says which GPUs have the dtypes that are not written
+        for name, check in _CHECKS.items():
+            object.__setattr__(self, name, check(name, getattr(self, name)))
         self._check_lowering()
-        _check_choice("native_lowering", self.native_lowering, NATIVE_LOWERINGS)
-        native = self.target in GPU_TARGETS and self.expert_lowering != "plugin"
-        if self.native_lowering != "auto" and not native:
-            raise UsageError(
-                f"native_lowering: {self.native_lowering} needs target {' or '.join(GPU_TARGETS)}, and "
-                "expert_lowering auto or native"
-            )
-        _check_choice("expert_weights", self.expert_weights, EXPERT_WEIGHTS)
-        fused = self.expert_lowering in ("auto", "fused") and self.quantize is None
-        if self.expert_weights == "packed" and not (fused and self.target == "onnxruntime"):
-            raise UsageError(
-                "expert_weights: packed is for fused experts; it needs target onnxruntime, expert_lowering "
-                "auto or fused, and no quantize"
-            )
-        _check_choice("weights", self.weights, WEIGHTS)
-        if self.weights == "reference" and (why := self.reference_problem()):
-            raise UsageError(f"weights: reference {why}")
-        if self.quantize is not None:
-            _check_choice("quantize", self.quantize, QUANTIZATIONS)
-            if self.target != "onnxruntime":
-                raise UsageError(
-                    f"quantize: {self.quantize} needs target onnxruntime, which has ops for quantised "
-                    f"experts; target {self.target} has none"
-                )
-        _check_choice("quantized_lowering", self.quantized_lowering, QUANTIZED_LOWERINGS)
-        if self.quantized_lowering != "auto" and self.quantize is None:
-            raise UsageError(
-                f"quantized_lowering: {self.quantized_lowering} is for quantised experts; it needs quantize"
-            )
-        if self.task is not None:
-            _check_choice("task", self.task, TASKS)
-        _check_opset(self.opset)
-        for name in ("max_batch", "max_sequence", "threads", "bench_rounds"):
-            value = getattr(self, name)
-            if value is not None:
-                _check_int(name, value, 1)
-        _check_int("seed", self.seed, 0, MAX_SEED)
-        _check_tolerances(self.tolerances)
-        object.__setattr__(self, "tolerances", {k: float(v) for k, v in self.tolerances.items()})
-        for name in ("bench_batches", "bench_sequences"):
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, _sizes(name, value))
-        if self.bench_baselines is not None:
-            if not isinstance(self.bench_baselines, (list, tuple)):
-                raise UsageError(f"bench_baselines: expected a list of names, got {self.bench_baselines!r}")
-            for name in self.bench_baselines:
-                _check_choice("bench_baselines", name, BASELINES)
-            object.__setattr__(self, "bench_baselines", tuple(self.bench_baselines))
+        self._check_weights()
         if self.bench and self.max_batch is not None:
             _check_below("bench_batches", self.bench_batches, "max_batch", self.max_batch)
         if self.bench and self.max_sequence is not None:
@@ -168,8 +118,7 @@ class BuildConfig:
                 )
             return
         if self.sm is not None:
-            if not isinstance(self.sm, (list, tuple)):
-                raise UsageError(f"sm: expected a list of whole numbers, as in [80, 89], got {self.sm!r}")
+            _check_list("sm", self.sm, "whole numbers, as in [80, 89]")
             object.__setattr__(self, "sm", check_sms(self.target, self.sm))
         if isinstance(self.dtype, str):
             check_dtype(self.target, self.dtype, self.sm or (), DTYPES)
@@ -181,6 +130,32 @@ class BuildConfig:
             raise UsageError(
                 f"expert_lowering: {self.expert_lowering} is for {others}; target {self.target} has "
                 f"{', '.join(own)}"
+            )
+        native = self.target in GPU_TARGETS and self.expert_lowering != "plugin"
+        if self.native_lowering != "auto" and not native:
+            raise UsageError(
+                f"native_lowering: {self.native_lowering} needs target {' or '.join(GPU_TARGETS)}, and "
+                "expert_lowering auto or native"
+            )
+        if self.quantized_lowering != "auto" and self.quantize is None:
+            raise UsageError(
+                f"quantized_lowering: {self.quantized_lowering} is for quantised experts; it needs quantize"
+            )
+
+    def _check_weights(self) -> None:
+        """How weights are stored: what does not go together."""
+        fused = self.expert_lowering in ("auto", "fused") and self.quantize is None
+        if self.expert_weights == "packed" and not (fused and self.target == "onnxruntime"):
+            raise UsageError(
+                "expert_weights: packed is for fused experts; it needs target onnxruntime, expert_lowering "
+                "auto or fused, and no quantize"
+            )
+        if self.weights == "reference" and (why := self.reference_problem()):
+            raise UsageError(f"weights: reference {why}")
+        if self.quantize is not None and self.target != "onnxruntime":
+            raise UsageError(
+                f"quantize: {self.quantize} needs target onnxruntime, which has ops for quantised "
+                f"experts; target {self.target} has none"
             )
 
     def reference_problem(self) -> str:
@@ -250,7 +225,11 @@ def load_config_file(path: str | Path) -> dict[str, Any]:
                 raise UsageError(f"{path}: unknown key {key!r} in [{table}]; {choices_text(key, keys)}")
             values[fields[table, key]] = value
     for name, value in values.items():
-        _check_field(path, name, value, values.get("target"))
+        with _place_named(path, name):
+            _CHECKS[name](name, value)
+    if "target" in values:  # else a flag may name the one that all of it fits
+        with _place_named(path):
+            BuildConfig(**values)
     return values
 
 
@@ -269,32 +248,75 @@ def merge(file_values: Mapping[str, Any], flags: Mapping[str, Any]) -> BuildConf
     values = dict(file_values)
     values.update({name: value for name, value in flags.items() if value is not None})
     if flags.get("tolerances") and file_values.get("tolerances"):
-        _check_tolerances(flags["tolerances"])
+        _check_tolerances("tolerances", flags["tolerances"])
         values["tolerances"] = {**file_values["tolerances"], **flags["tolerances"]}
     return BuildConfig(**values)
 
 
-_GPU_FIELDS = ("sm", "expert_lowering", "native_lowering", "dtype")
-
-
-def _check_field(path: Path, name: str, value: Any, target: Any) -> None:
-    """Check one value of a file alone, so that the error names the file and its key.
-
-    What only some targets take is checked for the file's ``target``; without one, a flag may still name it,
-    so
-    any target that takes the value will do.
-    """
-    given = {name: value, **({"quantize": "int8"} if name == "quantized_lowering" else {})}
-    if name in _GPU_FIELDS and isinstance(target, str) and target in TARGETS:
-        given["target"] = target
-    elif name in ("sm", "native_lowering") or (name == "expert_lowering" and value in GPU_LOWERINGS):
-        given["target"] = "tensorrt"
+@contextmanager
+def _place_named(path: Path, name: str | None = None) -> Iterator[None]:
+    """Errors inside name the file and, of the field ``name`` (None: the one they begin with), its key."""
     try:
-        BuildConfig(**given)
+        yield
     except UsageError as error:
+        text = str(error)
+        name = name or text.partition(":")[0]
+        if name not in _PLACES:
+            raise UsageError(f"{path}: {text}") from error
         table, key = _PLACES[name]
-        detail = str(error).removeprefix(f"{name}: ").removeprefix(f"{name} ")
+        detail = text.removeprefix(f"{name}: ").removeprefix(f"{name} ")
         raise UsageError(f"{path}: {key} in [{table}]: {detail}") from error
+
+
+def _check_bool(name: str, value: object) -> bool:
+    if type(value) is not bool:
+        raise UsageError(f"{name}: expected true or false, got {value!r}")
+    return value
+
+
+def _one_of(choices: Iterable[str], *, optional: bool = False) -> Callable[[str, Any], Any]:
+    def check(name: str, value: Any) -> Any:
+        if value is not None or not optional:
+            _check_choice(name, value, choices)
+        return value
+
+    return check
+
+
+def _at_least_one(name: str, value: Any) -> Any:
+    if value is not None:
+        _check_int(name, value, 1)
+    return value
+
+
+def _check_seed(name: str, value: Any) -> Any:
+    _check_int(name, value, 0, MAX_SEED)
+    return value
+
+
+def _check_list(name: str, value: object, what: str) -> None:
+    if not isinstance(value, (list, tuple)):
+        raise UsageError(f"{name}: expected a list of {what}, got {value!r}")
+
+
+def _check_sm(name: str, value: Any) -> Any:
+    if value is not None:
+        _check_list(name, value, "whole numbers, as in [80, 89]")
+        check_sms(max(GPU_TARGETS, key=lambda target: len(sms_of(target))), value)
+    return value
+
+
+def _optional_sizes(name: str, value: Any) -> Any:
+    return None if value is None else _sizes(name, value)
+
+
+def _check_baselines(name: str, value: Any) -> Any:
+    if value is None:
+        return None
+    _check_list(name, value, "names")
+    for item in value:
+        _check_choice(name, item, BASELINES)
+    return tuple(value)
 
 
 def _check_choice(name: str, value: object, choices: Iterable[str]) -> None:
@@ -310,12 +332,12 @@ def _check_int(name: str, value: object, low: int, high: int | None = None) -> N
         raise UsageError(f"{name}: expected a whole number {span}, got {value!r}")
 
 
-def _check_opset(value: object) -> None:
+def _check_opset(name: str, value: Any) -> Any:
     choices = f"choices: {', '.join(str(o) for o in OPSETS)}"
     if type(value) is not int:
         raise UsageError(f"opset: expected a whole number, got {value!r}; {choices}")
     if value in OPSETS:
-        return
+        return value
     if value in _OPSET_REASONS:
         reason = _OPSET_REASONS[value]
     elif value < min(OPSETS):
@@ -325,7 +347,7 @@ def _check_opset(value: object) -> None:
     raise UsageError(f"opset: {value} is refused: {reason}; {choices}")
 
 
-def _check_tolerances(value: object) -> None:
+def _check_tolerances(name: str, value: Any) -> dict[str, float]:
     if not isinstance(value, Mapping):
         raise UsageError(f"tolerances: expected a table of output name = largest error, got {value!r}")
     for output, bound in value.items():
@@ -333,6 +355,7 @@ def _check_tolerances(value: object) -> None:
             raise UsageError(f"tolerances: expected an output name, got {output!r}")
         if type(bound) not in (int, float) or not math.isfinite(bound) or bound < 0:
             raise UsageError(f"tolerances: {output!r}: expected a finite number of 0 or more, got {bound!r}")
+    return {output: float(bound) for output, bound in value.items()}
 
 
 def _sizes(name: str, value: object) -> tuple[int, ...]:
@@ -350,3 +373,25 @@ def _check_below(name: str, sizes: tuple[int, ...] | None, limit_name: str, limi
         raise UsageError(
             f"{name}: {max(sizes)} is above {limit_name} = {limit}, so the engine would refuse it"
         )
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    **dict.fromkeys(("verify", "bench", "overwrite", "trust_remote_code"), _check_bool),
+    **dict.fromkeys(("max_batch", "max_sequence", "threads", "bench_rounds"), _at_least_one),
+    **dict.fromkeys(("bench_batches", "bench_sequences"), _optional_sizes),
+    "target": _one_of(TARGETS),
+    "dtype": _one_of(DTYPES),
+    "task": _one_of(TASKS, optional=True),
+    "opset": _check_opset,
+    "expert_lowering": _one_of(EXPERT_LOWERINGS),
+    "native_lowering": _one_of(NATIVE_LOWERINGS),
+    "expert_weights": _one_of(EXPERT_WEIGHTS),
+    "sm": _check_sm,
+    "quantize": _one_of(QUANTIZATIONS, optional=True),
+    "quantized_lowering": _one_of(QUANTIZED_LOWERINGS),
+    "weights": _one_of(WEIGHTS),
+    "tolerances": _check_tolerances,
+    "seed": _check_seed,
+    "bench_baselines": _check_baselines,
+}
+"""Field → what checks its value by itself and gives it back, tuples in place of lists."""

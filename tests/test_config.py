@@ -259,3 +259,20 @@ def test_the_page_documents_every_field_default_and_choice() -> None:
         ("opset", tuple(map(str, OPSETS))),
     ):
         assert all(choice in rows[row] for choice in choices), row
+
+
+def test_every_field_has_its_own_check() -> None:
+    from moe_export import config
+
+    assert set(config._CHECKS) == {f.name for f in dataclasses.fields(BuildConfig)}
+
+
+def test_a_file_may_hold_what_goes_together_with_its_target_only(tmp_path: Path) -> None:
+    values = load_config_file(
+        write(tmp_path, "[build]\ntarget = 'portable'\nverify = false\nbench = false\nweights = 'reference'")
+    )
+    assert merge(values, {}).weights == "reference"
+    without_target = load_config_file(write(tmp_path, "[build]\nsm = [89]\nexpert_lowering = 'native'"))
+    assert merge(without_target, {"target": "tensorrt-rtx"}).sm == (89,)
+    with pytest.raises(UsageError, match=r"weights in \[build\]: reference needs target portable"):
+        load_config_file(write(tmp_path, "[build]\ntarget = 'onnxruntime'\nweights = 'reference'"))
