@@ -15,6 +15,7 @@ from moe_export.errors import UsageError
 from moe_export.ops import DOMAIN, OPS
 
 from .aot import Image
+from .checks import require
 from .compile import CompiledKernel, Request, compile_kernel, compile_kernels, triton_version
 from .contract import CONTRACTS, DTYPES
 from .experts import STEPS, ExpertShape, tile_sets
@@ -118,7 +119,7 @@ class CompilerSource:
     sm: int
 
     def ptx(self, kernel: str, dtype: str, constants: Mapping[str, Any], tile: Tile) -> Image:
-        made = compile_kernel(kernel, constants, dtype, self.sm, tile)
+        made = require(compile_kernel(kernel, constants, dtype, self.sm, tile))
         return Image(made.entry, made.ptx, made.shared_bytes, made.parameters)
 
 
@@ -132,13 +133,14 @@ def write_kernels(folder: Path, specs: Iterable[KernelSpec], sms: Sequence[int])
         UsageError: no kernels for an SM, or sizes outside a kernel's limits.
         EnvironmentLacksError: Triton is missing.
         ExportError: a kernel does not compile.
+        CheckFailed: a compiled kernel would be slow or wrong (see ``checks.problems``); nothing is written.
     """
     wanted = list({s.key: s for s in specs}.values())
     targets = [find_sm(sm) for sm in sms]
     if not targets or not wanted:
         raise UsageError("GPU kernels: nothing to compile; name at least one kernel and one SM")
     requests = [Request(s.kernel, s.constants, s.dtype, t.name, s.tile) for s in wanted for t in targets]
-    compiled = iter(compile_kernels(requests))
+    compiled = iter([require(kernel) for kernel in compile_kernels(requests)])
     folder.mkdir(parents=True, exist_ok=True)
     written, entries = [], []
     for spec in wanted:

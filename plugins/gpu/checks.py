@@ -57,6 +57,6 @@ def require(kernel: CompiledKernel) -> CompiledKernel:
     if found := problems(kernel):
         raise CheckFailed(
             f"GPU kernel {kernel.kernel} ({kernel.dtype}, {kernel.sm}, tile {kernel.tile}): "
-            f"{'; '.join(found)}"
+            f"{'; '.join(found)}; build these experts without the plugin"
         )
     return kernel

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from moe_export_plugins.gpu import bundle_kernels
 from moe_export_plugins.gpu.bundle_kernels import KernelSpec, expert_specs, router_specs, write_kernels
+from moe_export_plugins.gpu.compile import CompiledKernel, Request
 from moe_export_plugins.gpu.contract import CONTRACTS
 from moe_export_plugins.gpu.experts import ExpertShape
 from moe_export_plugins.gpu.library import INDEX, KernelLibrary, PtxOf
 
-from moe_export.errors import UsageError
+from moe_export.errors import CheckFailed, UsageError
 
 from .memory_launcher import TRITON_ORDER
 
@@ -62,6 +65,19 @@ def test_bad_requests_are_refused_before_anything_is_compiled(tmp_path: Path) ->
         write_kernels(tmp_path / "a", smallest(SHAPE), [])
     with pytest.raises(UsageError, match="num_experts is 2000; expected at most 1024"):
         replace(SHAPE, num_experts=2000)
+    assert not (tmp_path / "a").exists()
+
+
+def test_kernels_that_fail_a_check_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = bundle_kernels.compile_kernels
+
+    def spilling(requests: Sequence[Request]) -> list[CompiledKernel]:
+        *good, last = plain(requests)
+        return [*good, replace(last, spill_bytes=8)]
+
+    monkeypatch.setattr(bundle_kernels, "compile_kernels", spilling)
+    with pytest.raises(CheckFailed, match=r"GPU kernel combine \(float16, sm_80, .*: 8 bytes of registers"):
+        write_kernels(tmp_path / "a", smallest(SHAPE), [80])
     assert not (tmp_path / "a").exists()
 
 
