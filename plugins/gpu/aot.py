@@ -1,9 +1,10 @@
 """The five kernels as ahead-of-time "quickly deployable plugins" of standard TensorRT.
 
 The builder takes PTX, launch parameters and argument list into the plan; a service that loads the plan needs
-neither this package nor Python. One plugin is one launch, so a MoE layer is five nodes; scratch tensors are
-ordinary tensors between them. Choices are integers (TensorRT keeps a NUL at the end of text), and no
-float is a kernel argument: floats are compiled in.
+neither this package nor Python. One plugin is one launch, so the experts of a layer are four nodes (see
+``aot_graph``); scratch tensors are ordinary tensors between them. The router's plugin is registered, too, but
+no pass places it: routing stays plain nodes, which can be compared and replayed. Choices are integers
+(TensorRT keeps a NUL at the end of text), and no float is a kernel argument: floats are compiled in.
 
 *Not run on a GPU.* The tests drive NVIDIA's own ``tensorrt.plugin`` sources.
 """
@@ -223,7 +224,7 @@ def _with_signature(
         return function(*args, **kwargs)
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    called.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # read by inspect.signature
+    vars(called)["__signature__"] = inspect.Signature(  # what inspect.signature looks for first
         [inspect.Parameter(n, kind, annotation=a) for n, a in parameters], return_annotation=result
     )
     return called

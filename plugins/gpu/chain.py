@@ -70,7 +70,7 @@ def run_layer(
         InputError: arrays that do not fit each other.
     """
     ops = {name: {a.name for a in OPS[name].attributes} for name in ("Router", "ExpertMLP")}
-    if unknown := set(constants) - set.union(*ops.values()):
+    if unknown := set(constants) - ops["Router"] - ops["ExpertMLP"]:
         raise UsageError(f"GPU kernels of a layer: unknown constants {', '.join(sorted(unknown))}")
     biases = {n: b for n, b in (("up_bias", up_bias), ("down_bias", down_bias)) if b is not None}
     shape = ExpertShape.of(

@@ -130,8 +130,8 @@ class _Server:
             process = self._started()
             assert process.stdin is not None and process.stdout is not None  # pipes were asked for
             try:
-                write_message(process.stdin, request, data)  # type: ignore[arg-type]  # Popen's IO[bytes]
-                answer = read_message(process.stdout)  # type: ignore[arg-type]
+                write_message(process.stdin, request, data)
+                answer = read_message(process.stdout)
             except BrokenPipeError:
                 answer = None
             if answer is None:

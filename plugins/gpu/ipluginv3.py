@@ -154,7 +154,6 @@ def _classes(trt: Any) -> Any:
     """The creator class on ``trt``'s base classes."""
     import numpy as np
 
-    bases = (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime)
     field_types = {
         int: trt.PluginFieldType.INT32,
         float: trt.PluginFieldType.FLOAT32,
@@ -171,9 +170,9 @@ def _classes(trt: Any) -> Any:
         )
         return trt.PluginField(name, data, field_types[kind]), data
 
-    class ExpertPlugin(*bases):  # type: ignore[misc]  # bases of the module at hand
+    class ExpertPlugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
         def __init__(self, kernels: Kernels, attributes: Mapping[str, Any]) -> None:
-            for base in bases:
+            for base in ExpertPlugin.__bases__:
                 base.__init__(self)
             self.plugin_name, self.plugin_namespace, self.plugin_version = NAME, NAMESPACE, VERSION
             self.num_outputs = 1

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 
-def write_message(stream: BinaryIO, head: Mapping[str, Any], data: Sequence[bytes]) -> None:
+def write_message(stream: IO[bytes], head: Mapping[str, Any], data: Sequence[bytes]) -> None:
     """Send ``head`` (JSON values) and ``data``."""
     line = json.dumps({"head": head, "sizes": [len(d) for d in data]})
     stream.write(line.encode() + b"\n")
@@ -16,7 +16,7 @@ def write_message(stream: BinaryIO, head: Mapping[str, Any], data: Sequence[byte
     stream.flush()
 
 
-def read_message(stream: BinaryIO) -> tuple[dict[str, Any], list[bytes]] | None:
+def read_message(stream: IO[bytes]) -> tuple[dict[str, Any], list[bytes]] | None:
     """The next message; None when the other side has closed or ended in the middle of one."""
     line = stream.readline()
     if not line.endswith(b"\n"):
