@@ -132,7 +132,7 @@ def _build(
         inputs=inputs,
         dynamic=dynamic,
         trust_remote_code=config.trust_remote_code,
-        hollow=_by_reference(source, config),
+        hollow=_by_reference(source, config, progress),
         progress=progress,
     )
     _limits(loaded, config)
@@ -159,28 +159,33 @@ def _build(
     return bundle
 
 
-def _by_reference(source: Any, config: BuildConfig) -> bool:
-    """Whether the weights of ``source`` stay where they lie.
+REFERENCE_FROM = 2 << 30
+"""Bytes of weights from which ``weights = "auto"`` leaves them where they lie. Smaller models are loaded:
+then the traced program is run beside the model, and onnx's own tools take the export's files."""
+
+
+def _by_reference(source: Any, config: BuildConfig, progress: Progress) -> bool:
+    """Whether the weights of ``source`` stay where they lie. A note says why large ones do not.
 
     Raises:
         UsageError: that was asked for, and cannot be.
     """
+    problem = config.reference_problem()
+    if config.weights == "load" or (problem and (config.target != "portable" or config.verify)):
+        return False
     folder = isinstance(source, (str, Path)) and (Path(source) / "config.json").is_file()
-    if config.weights == "load" or not folder or config.trust_remote_code:
-        if config.weights == "reference":
-            raise UsageError(
-                "weights: reference is for a model folder whose class is one of transformers' own; "
-                f"{source if isinstance(source, (str, Path)) else type(source).__name__} is loaded"
-            )
+    if not folder:
+        name = source if isinstance(source, (str, Path)) else type(source).__name__
+        problem = f"is for a model folder, and {name} is none"
+    elif config.trust_remote_code:
+        problem = "is for models whose class is one of transformers' own, so not with trust_remote_code"
+    if config.weights == "reference" and problem:
+        raise UsageError(f"weights: reference {problem}")
+    if not folder or (config.weights == "auto" and _weight_bytes(Path(source)) < REFERENCE_FROM):
         return False
-    if config.weights == "auto" and _weight_bytes(Path(source)) < REFERENCE_FROM:
-        return False
-    return not config.reference_problem()
-
-
-REFERENCE_FROM = 2 << 30
-"""Bytes of weights from which ``weights = "auto"`` leaves them where they lie. Smaller models are loaded:
-then the traced program is run beside the model, and onnx's own tools take the export's files."""
+    if problem:
+        progress.note(f"the weights are loaded and written anew: to leave them where they lie {problem}")
+    return not problem
 
 
 def _weight_bytes(folder: Path) -> int:

@@ -36,6 +36,7 @@ SMS: dict[int, Sm] = {
         Sm(90, "H100, H200", ("tensorrt",)),
         Sm(100, "B200", ("tensorrt",)),
         Sm(103, "B300", ("tensorrt",)),
+        Sm(110, "Jetson Thor", ("tensorrt",)),
         Sm(120, "RTX 50, RTX PRO Blackwell", _BOTH),
         Sm(121, "DGX Spark", _BOTH),
     )

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from moe_export.config import BuildConfig, load_config_file, merge
+from moe_export.costs.moe_kernels import TRT_MOE_SMS
 from moe_export.errors import UsageError
 from moe_export.sms import FIRST_SM, GPU_TARGETS, SMS, sms_of
 
@@ -48,6 +49,7 @@ def test_accepted() -> None:
         100,
     )
     assert BuildConfig(target="tensorrt-rtx").sm is None
+    assert set(TRT_MOE_SMS) <= set(sms_of("tensorrt")), "where TensorRT's MoE layer can be asked for"
 
 
 def test_a_file_may_leave_the_target_to_a_flag(tmp_path: Path) -> None:

@@ -107,7 +107,4 @@ def _compute_buffers(model: Any) -> None:
     for name, buffer in model.named_non_persistent_buffers():
         path, _, own = name.rpartition(".")
         model.get_submodule(path)._buffers[own] = torch.empty_like(buffer, device="cpu")
-    for name, parameter in model.named_parameters():
-        if name in (getattr(model, "all_tied_weights_keys", None) or {}):
-            parameter._is_hf_initialized = True
     model.initialize_weights()

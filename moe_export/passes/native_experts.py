@@ -33,7 +33,8 @@ class NativeExperts(Pass):
 
     Options ``sm`` (GPUs to predict times for; the first counts) and ``max_tokens`` (of one run; None: any)
     decide with the cost model. Layers that a pass before this one fused are left alone. Where the activation
-    is not proven, the layer's ops are lowered one by one (:mod:`native_ops`).
+    is not proven, ``auto`` lowers the layer's ops one by one (:mod:`native_ops`), and any other value is
+    refused (:class:`UsageError`).
 
     Where a layer has buckets, the model gets the input :data:`CAPACITY_INPUT` (role ``capacity``) and the
     output :data:`LOAD_OUTPUT` (role ``load``), both in ``context.io``; the host runs again with a larger
@@ -56,6 +57,11 @@ class NativeExperts(Pass):
             found = find_form(context, layer.name)
             form = found if isinstance(found, str) else native_form(layer, found, context.dtype)
             if isinstance(form, str) or isinstance(found, str):
+                if wanted != "auto":
+                    raise UsageError(
+                        f"native_lowering: {wanted} is not for layer {layer.name!r}: {form}; take auto, which "
+                        "lowers it op by op"
+                    )
                 context.decisions.append(
                     Decision(
                         f"{layer.name}: experts",

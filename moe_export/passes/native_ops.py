@@ -203,9 +203,10 @@ def lowered(node: ir.Node, context: PassContext, name: str) -> onnx.FunctionProt
     weight = node.inputs[1]
     stored = _dtype(weight)
     shape = weight.shape if weight is not None else None
-    if stored is None or shape is None or not all(isinstance(d, int) for d in shape):
+    sizes = [d for d in shape or () if isinstance(d, int)]
+    if stored is None or len(sizes) != 3:
         return f"GroupedMatMul {result!r}: shape or dtype of its weight is not known"
-    experts, a, b = (int(d) for d in shape)  # type: ignore[arg-type]  # checked above
+    experts, a, b = sizes
     transposed = node.attributes["transposed"].as_int()
     text = matmul_text(experts, b if transposed else a, transposed, dtype, stored)
     return function("rows, weight, offsets, capacity", "out, load", text)

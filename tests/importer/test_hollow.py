@@ -14,8 +14,10 @@ import pytest
 import torch
 import transformers
 
+from moe_export import api
 from moe_export.backends import get_backend
-from moe_export.errors import SourceError
+from moe_export.config import BuildConfig
+from moe_export.errors import SourceError, UsageError
 from moe_export.importer import hollow
 from moe_export.importer.checkpoint import inspect_checkpoint
 from moe_export.importer.export import export_model
@@ -24,6 +26,7 @@ from moe_export.importer.sources import load_source
 from moe_export.importer.weight_sources import Converted, PerExpert, stored_weights
 from moe_export.models.families import FAMILIES
 from moe_export.models.families.tiny import build_tiny
+from moe_export.progress import NullProgress
 
 RANDOM_BUFFERS = {"zaya": "balancing_biases"}
 """Buffers that no checkpoint holds and that the tiny model draws at random."""
@@ -223,19 +226,29 @@ def test_a_shortened_model_is_whole_again_afterwards(tmp_path: Path) -> None:
 def test_large_weights_stay_where_they_lie_and_small_ones_are_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moe_export import api
-    from moe_export.config import BuildConfig
-    from moe_export.errors import UsageError
-
     saved("mixtral", tmp_path)
-    auto = BuildConfig(target="portable", verify=False, bench=False)
-    assert not api._by_reference(tmp_path, auto)
+    notes: list[str] = []
+
+    class Notes(NullProgress):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    def stays(source: Any = tmp_path, **changes: Any) -> bool:
+        config = BuildConfig(**{"target": "portable", "verify": False, "bench": False, **changes})
+        return api._by_reference(source, config, Notes())
+
+    assert not stays() and not stays(dtype="float16")
+    assert stays(weights="reference")
     monkeypatch.setattr(api, "REFERENCE_FROM", 1000)
-    assert api._by_reference(tmp_path, auto)
-    assert api._by_reference(tmp_path, dataclasses.replace(auto, weights="reference"))
-    for changed in ({"weights": "load"}, {"dtype": "float16"}, {"verify": True}, {"target": "onnxruntime"}):
-        assert not api._by_reference(tmp_path, dataclasses.replace(auto, **changed))
-    with pytest.raises(UsageError, match="is for a model folder"):
-        api._by_reference("own.py:make", dataclasses.replace(auto, weights="reference"))
+    assert stays()
+    assert not stays(weights="load") and not stays(verify=True) and not stays(target="onnxruntime")
+    assert not stays("own.py:make") and notes == []
+    assert not stays(dtype="float16")
+    assert not stays(trust_remote_code=True)
+    assert [n.partition(" lie ")[2][:12] for n in notes] == ["needs dtype ", "is for model"]
+    with pytest.raises(UsageError, match="is for a model folder, and own.py:make is none"):
+        stays("own.py:make", weights="reference")
+    with pytest.raises(UsageError, match="not with trust_remote_code"):
+        stays(weights="reference", trust_remote_code=True)
     with pytest.raises(UsageError, match="weights: reference needs target portable"):
-        dataclasses.replace(auto, weights="reference", target="onnxruntime")
+        stays(weights="reference", target="onnxruntime")

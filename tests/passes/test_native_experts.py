@@ -73,6 +73,12 @@ def test_another_activation_is_lowered_op_by_op(name: str) -> None:
     equal(made, context(OTHER[name], gated="gate" in OTHER[name]), (0, *COUNTS))
 
 
+@pytest.mark.parametrize("wanted", ["gather", "dense"])
+def test_a_form_that_was_asked_for_is_never_replaced(wanted: str) -> None:
+    with pytest.raises(UsageError, match=rf"native_lowering: {wanted} is not for layer .*activation.*auto"):
+        lowered(OTHER["a leak"], options={"native_lowering": wanted})
+
+
 def test_what_lies_behind_the_down_projection_stays() -> None:
     made = lowered(KNOWN["silu"][0], after="last_rows = Neg (outer)", transposed=1)
     assert made.decisions[-1].choice == "native: op by op"

@@ -230,6 +230,7 @@ LOADING: list[tuple[str, dict[str, int], dict[str, Any], str]] = [
     ("ExpertMLP", {**MLP, "up_bias": F32}, {"num_experts": 2}, "a bias is given; attribute biased is 0"),
     ("ExpertMLP", {**MLP, "": 0, "down_bias": F32}, {"num_experts": 2, "biased": 1}, "up_bias is missing"),
     ("ExpertMLP", MLP, {"num_experts": 2, "packed": 1, "transposed": 1}, "packed and transposed are both 1"),
+    ("ExpertMLP", MLP, {"num_experts": 2, "packed": 1, "layout": "interleaved"}, "layout = concatenated"),
 ]
 
 

@@ -46,10 +46,11 @@ class TensorRtBackend(Backend):
         Raises:
             UsageError: ``sm`` was not given and no GPU here says which; or the GPU's SM is none of this
             target's.
-            EnvironmentLacksError: the target cannot be built here.
+            EnvironmentLacksError: the target cannot be built here, or its library's version here is refused.
         """
         problem = library_problem(self.name)
-        if problem and not self._needs_gpu:
+        # Without the library a GPU machine finishes the build; a version here that is refused is told now.
+        if problem and (library_version(self.name) is not None or not self._needs_gpu):
             raise EnvironmentLacksError(f"target {self.name}: {problem}")
         here = build_engine.gpu_sm()
         if options.get("sm") is None and here is None:

@@ -8,7 +8,6 @@ import importlib
 import importlib.util
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from moe_export.config import GPU_LOWERINGS
 from moe_export.schema import DTYPES
@@ -20,7 +19,6 @@ from .library import DRIVER, library_problem
 CUDA = (13, 0)
 """The CUDA version a driver must support; driver 580 is the first with 13.0."""
 RUN_EXTRA = "pip install 'moe-export[gpu]'"
-_PROC_VERSION = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)

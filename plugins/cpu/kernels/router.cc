@@ -80,10 +80,11 @@ Problem RouteTask(const Shared& shared, int64_t begin, int64_t end, float* memor
   };
   for (int64_t t = begin; t < end; t += at_once) {
     const int64_t rows = std::min(at_once, end - t);
-    const float* logits = static_cast<const float*>(args.logits) + t * experts;
-    if (args.logits_dtype != DType::kFloat32) {
+    const float* logits = memory;
+    if (args.logits_dtype == DType::kFloat32) {
+      logits = static_cast<const float*>(args.logits) + t * experts;
+    } else {
       Load(args.logits, args.logits_dtype, t * experts, rows * experts, memory);
-      logits = memory;
     }
     if (!shared.kernels.below_infinity(logits, rows * experts)) {
       const int64_t bad = FirstBad(logits, rows * experts);

@@ -100,8 +100,12 @@ ExpertMlpKernel::ExpertMlpKernel(const NodeInfo& node) : ExpertKernel(node, kNam
       static_cast<cpu::GateLayout>(node.Choice("layout", "concatenated", {"concatenated", "interleaved"}));
   const bool transposed = node.Flag("transposed", false);
   const bool packed = node.Flag("packed", false);
-  if (packed && transposed)
+  if (packed && transposed) {
     node.Fail("attributes packed and transposed are both 1; packed weights have one order");
+  }
+  if (packed && a.layout != cpu::GateLayout::kConcatenated) {
+    node.Fail("attribute packed is 1, which needs layout = concatenated");
+  }
   a.form = packed ? cpu::WeightForm::kPacked : transposed ? cpu::WeightForm::kInOut : cpu::WeightForm::kOutIn;
   a.weight_dtype = ToDType(node.InputType(3), "moe_export.ExpertMLP: input up");
   if (ToDType(node.InputType(4), "moe_export.ExpertMLP: input down") != a.weight_dtype) {

@@ -1,5 +1,4 @@
-// The six ops of the `moe_export` domain, version 1, as kernels for Op<>. Their contracts are in
-// moe_export/ops.
+// Ops of the `moe_export` domain, version 1, as kernels for Op<>. Their contracts are in moe_export/ops.
 #ifndef MOE_EXPORT_PLUGINS_CPU_ORT_KERNELS_H_
 #define MOE_EXPORT_PLUGINS_CPU_ORT_KERNELS_H_
 

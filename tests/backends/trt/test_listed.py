@@ -61,3 +61,15 @@ def test_a_missing_library_is_told_before_any_work(tmp_path: Path, monkeypatch: 
     with pytest.raises(EnvironmentLacksError, match=r"pip install 'moe-export\[tensorrt-rtx\]'"):
         moe_export.build(tiny_model("mixtral"), tmp_path / "b", target="tensorrt-rtx", sm=(89,))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_version_that_is_refused_is_told_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although without TensorRT everything up to the plan would be made."""
+    for module in ("library", "backend"):
+        monkeypatch.setattr(f"moe_export.backends.trt.{module}.library_version", lambda _target: "10.14.1.48")
+    monkeypatch.setattr("moe_export.importer.sources.load_source", None)
+    with pytest.raises(EnvironmentLacksError, match="tensorrt: TensorRT 10.14.1.48 is refused: .* 10.15"):
+        moe_export.build(tiny_model("mixtral"), tmp_path / "b", target="tensorrt", sm=(89,))
+    assert not list(tmp_path.iterdir())
