@@ -145,6 +145,8 @@ class EngineFile:
     activation_bytes: int
     """For the largest shapes of the profiles."""
     build_seconds: float
+    fewer_profiles: str = ""
+    """Why the plan has not all profiles that were asked for, in TensorRT's words; empty: it has them."""
 
 
 @dataclass(frozen=True)

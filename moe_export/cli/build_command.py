@@ -95,10 +95,11 @@ def command(
     else:
         click.echo("\n".join([f"built {bundle.path}", *_plans(bundle), *_evidence(bundle)]))
     if bundle.manifest.state == "needs-gpu-build":
+        from moe_export.backends.trt.build_engine import UNFINISHED
         from moe_export.errors import EnvironmentLacksError
 
         raise EnvironmentLacksError(
-            next(note for note in bundle.manifest.notes if note.startswith("no finished engine"))
+            next(note for note in bundle.manifest.notes if note.startswith(UNFINISHED))
         )
     return 0
 

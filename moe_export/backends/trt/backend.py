@@ -142,7 +142,7 @@ class TensorRtBackend(Backend):
     def _left(self, sms: tuple[int, ...], engines: tuple[EngineFile, ...], lacks: str) -> str:
         plans = ", ".join(f"SM{n}" for n in sms if n not in {engine.sm for engine in engines})
         return (
-            f"no finished engine: the plans for {plans} are not built, because this machine lacks what it "
+            f"{build_engine.UNFINISHED}: the plans for {plans} are not built, because this machine lacks what it "
             "takes: "
             f"{lacks}. Left to do, on a machine with that GPU and `{INSTALL[self.name]}`: python {SCRIPT} "
             "in the "
@@ -186,5 +186,6 @@ def _decision(engine: EngineFile) -> Decision:
         f"built by {engine.library} {engine.version} in {engine.build_seconds:.1f} s; weights "
         f"{engine.weight_bytes / 2**20:.1f} MiB, activations {engine.activation_bytes / 2**20:.1f} MiB at "
         "the largest "
-        "shapes; products of float32 without TF32; not run on a GPU",
+        "shapes; products of float32 without TF32; not run on a GPU"
+        + (f"; fewer profiles than asked for: {engine.fewer_profiles}" if engine.fewer_profiles else ""),
     )

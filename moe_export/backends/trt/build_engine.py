@@ -26,6 +26,8 @@ from typing import Any
 
 RECIPE = "build_engine.json"
 _OLDEST = {"tensorrt": (10, 15), "tensorrt_rtx": (1, 7)}
+UNFINISHED = "no finished engine"
+"""How the note of a bundle begins whose plans are still to be built."""
 _LAST_WORDS = 12
 _DTYPES = {
     "float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64",
@@ -139,12 +141,14 @@ def build(recipe: dict[str, Any], folder: Path, trt: Any, sms: list[int]) -> lis
         # The last profile covers every shape: the compiler of some versions fails on conditionals under
         # several.
         attempts = [recipe["profiles"], recipe["profiles"][-1:]][: 1 + (len(recipe["profiles"]) > 1)]
+        fewer = ""
         for profiles in attempts:
             logger.start()
             plan = builder.build_serialized_network(network, _config(recipe, profiles, trt, builder, sm))
             if plan is not None:
                 break
-            print(f"no plan for SM{sm} with {len(profiles)} profile(s): {logger.last_words()}", flush=True)
+            fewer = f"no plan with {', '.join(profile['name'] for profile in profiles)}: {logger.last_words()}"
+            print(f"SM{sm}: {fewer}", flush=True)
         if plan is None:
             # Of a plugin that refuses, TensorRT itself only says that it failed.
             refused = [text for module in loaded for text in getattr(module, "problems", tuple)()]
@@ -167,6 +171,7 @@ def build(recipe: dict[str, Any], folder: Path, trt: Any, sms: list[int]) -> lis
                 "weight_bytes": logger.memory.get("Weights", 0),
                 "activation_bytes": logger.memory.get("Activation", 0),
                 "build_seconds": round(time.perf_counter() - started, 3),
+                "fewer_profiles": fewer,
             }
         )
         listed = folder / "evidence" / f"{name}.layers.json"
@@ -293,17 +298,24 @@ def finish_manifest(folder: Path, recipe: dict[str, Any], engines: list[dict[str
             while block := stream.read(1 << 20):
                 digest.update(block)
         entries.append({"path": name, "size": (folder / name).stat().st_size, "sha256": digest.hexdigest()})
-    kept = [engine for engine in manifest["engines"] if engine["file"] not in new]
+    others = [engine for engine in manifest["engines"] if engine["file"] not in new]
     manifest["files"] = sorted(entries, key=lambda entry: str(entry["path"]))
-    manifest["engines"] = sorted([*kept, *engines], key=lambda engine: int(engine["sm"]))
+    manifest["engines"] = sorted([*others, *engines], key=lambda engine: int(engine["sm"]))
     built = {engine["sm"] for engine in manifest["engines"]}
-    manifest["state"] = "ready" if built >= set(recipe["sms"]) else "needs-gpu-build"
+    ready = built >= set(recipe["sms"])
+    manifest["state"] = "ready" if ready else "needs-gpu-build"
     stamp = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     text = f"plans of {', '.join(sorted(new))} built by build_engine.py, {stamp}; not verified there"
-    manifest["notes"] = [*manifest["notes"], text]
+    kept = [note for note in manifest["notes"] if not (ready and note.startswith(UNFINISHED))]
+    fewer = [f"SM{e['sm']}: {_fewer_text(e)}" for e in engines if e["fewer_profiles"]]
+    manifest["notes"] = [*kept, text, *fewer]
     partial = folder / ".manifest.json.partial"
     partial.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, path)
+
+
+def _fewer_text(engine: dict[str, Any]) -> str:
+    return f"the plan has profile {', '.join(engine['profiles'])} only: {engine['fewer_profiles']}"
 
 
 def _one_line(text: str) -> str:

@@ -177,6 +177,11 @@ def test_the_bundles_script_builds_and_completes_the_manifest(left: Path, tmp_pa
     assert [(e.file, e.sm) for e in manifest.engines] == [("model.sm89.plan", 89)]
     assert "model.sm89.plan" in {f.path for f in manifest.files}
     assert any("built by build_engine.py" in note for note in manifest.notes)
+    assert not any("no finished engine" in note for note in manifest.notes), "nothing is left to do"
+    (engine,) = manifest.engines
+    asked = tuple(profile["name"] for profile in recipe["profiles"])
+    assert (engine.profiles == asked) == (not engine.fewer_profiles)
+    assert any("profile prefill only" in note for note in manifest.notes) == bool(engine.fewer_profiles)
 
 
 @without_gpu
@@ -259,10 +264,11 @@ def test_steps_on_a_gpu_feed_what_a_decoder_expects(model: torch.nn.Module, left
 
 
 def test_a_plan_shows_no_routing() -> None:
-    for call in (lambda: NoTraces().run({}, None), lambda: NoTraces().run_chunked(None, None, [], print)):
-        # type: ignore[arg-type]
-        with pytest.raises(InputError, match="--simulate"):
-            call()
+    ids = np.zeros((1, 2), np.int64)
+    with pytest.raises(InputError, match="--simulate"):
+        NoTraces().run({}, None)
+    with pytest.raises(InputError, match="--simulate"):
+        NoTraces().run_chunked(ids, ids, [1, 1], lambda: None)
 
 
 @pytest.mark.slow
