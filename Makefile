@@ -41,7 +41,7 @@ test: $(STAMP)
 	$(PYTEST) -m "not slow"
 
 test-slow: $(STAMP)
-	$(PYTEST) -m slow
+	$(PYTEST) -m slow --durations=15
 
 sanitize: $(STAMP)
 	tools/sanitize.sh $(VENV)
