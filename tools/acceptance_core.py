@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -64,12 +65,17 @@ def select(checks: Sequence[Check], only: Sequence[str], sms: Sequence[int]) -> 
     """The checks asked for (all, when ``only`` is empty), risks first.
 
     Raises:
-        UsageError: no check has that name, or no check is left.
+        UsageError: no check has that name or is for that SM, or no check is left.
     """
     names = {c.name for c in checks} | {c.name.split("/")[0] for c in checks}
     for name in only:
         if name not in names:
             raise UsageError(f"--only: unknown check {name!r}; {choices_text(name, names)}")
+    known = sorted({c.sm for c in checks if c.sm is not None})
+    for sm in sms:
+        if sm not in known:
+            listed = ", ".join(str(n) for n in known) or "none"
+            raise UsageError(f"--sm: no check is for SM{sm} here; choices: {listed}")
     kept = [
         c
         for c in checks
@@ -112,13 +118,16 @@ def run_child(check: Check) -> Outcome:
 
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         try:
-            code = subprocess.run(
-                check.command, stdout=out, stderr=err, timeout=check.timeout, env=_environment(check)
-            ).returncode
-        except subprocess.TimeoutExpired:
-            return ended("error", f"stopped after {check.timeout:g} s")
+            process = subprocess.Popen(check.command, stdout=out, stderr=err, env=_environment(check))
         except OSError as error:
             return ended("error", f"could not be started: {error}")
+        try:
+            code = process.wait(check.timeout)
+        except subprocess.TimeoutExpired:
+            return ended("error", f"stopped after {check.timeout:g} s")
+        finally:
+            if process.poll() is None:
+                _stop(process)
         out.seek(0)
         err.seek(0)
         lines, told = out.read().splitlines(), err.read().strip().splitlines()
@@ -137,6 +146,18 @@ def run_child(check: Check) -> Outcome:
     if code:
         return ended("error", f"said passed, but its exit code is {code}: {tail}", details)
     return ended("passed", "", details)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End a check and what it started: a build left behind would use the GPU while the next is timed."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+    process.kill()
+    process.wait()
 
 
 def _environment(check: Check) -> dict[str, str]:
@@ -166,6 +187,20 @@ def line(outcome: Outcome) -> str:
     """One outcome for the terminal."""
     reason = f": {outcome.reason}" if outcome.reason else f" ({outcome.seconds:g} s)"
     return f"{_MARKS[outcome.status]} {outcome.name}: {outcome.status}{reason}"
+
+
+def make_folder(folder: Path) -> None:
+    """Make the report's folder, before checks take their time.
+
+    Raises:
+        UsageError: nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"--output {folder}: {error.strerror or error}") from None
 
 
 def write_report(folder: Path, machine: Machine, outcomes: Sequence[Outcome]) -> tuple[Path, Path]:

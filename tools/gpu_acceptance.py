@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib.util
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -27,6 +28,7 @@ from acceptance_core import (
     Machine,
     exit_code,
     line,
+    make_folder,
     run_checks,
     select,
     summary,
@@ -35,7 +37,7 @@ from acceptance_core import (
 
 from moe_export.backends.trt.library import INSTALL, MODULES, library_problem, library_version
 from moe_export.backends.trt.machine import lowerings_of
-from moe_export.errors import MoeExportError
+from moe_export.errors import MoeExportError, UsageError
 from moe_export.schema import DTYPES
 from moe_export.sms import FIRST_SM, sms_of
 
@@ -136,27 +138,49 @@ def _check(
     return Check(name, group, title, needs, (sys.executable, str(RUNNER), *words), sm)
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",") if part]
+def _sms(text: str) -> list[int]:
+    parts = text.split(",") if text else []
+    if not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected SMs with commas between, such as 80,89")
+    return [int(part) for part in parts]
+
+
+def _speedup(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a number above 0")
+    return found
+
+
+def _check_source(source: str) -> None:
+    if not Path(source).exists():
+        raise UsageError(f"--source {source}: there is no such file or folder; name a model's folder")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="", help="checks by name or first part, comma-separated")
-    parser.add_argument("--sm", type=_numbers, default=[], help="engines for these SMs only, comma-separated")
+    parser.add_argument("--sm", type=_sms, default=[], help="engines for these SMs only, comma-separated")
     parser.add_argument("--source", default="examples/byte-mixtral", help="model to build engines of")
     parser.add_argument(
-        "--min-speedup", type=float, default=1.0, help="over PyTorch eager, of every workload"
+        "--min-speedup", type=_speedup, default=1.0, help="over PyTorch eager, of every workload"
     )
     parser.add_argument("--output", type=Path, default=Path("gpu-acceptance"), help="folder of the report")
     parser.add_argument("--list", action="store_true", help="print the checks and what each needs")
     given = parser.parse_args(arguments)
     found, gpus = look()
     try:
-        only = [part for part in given.only.split(",") if part]
+        only = given.only.split(",") if given.only else []
         every = select(all_checks(found, given.source, given.min_speedup), only, given.sm)
         checks = [replace(c, gpu=gpus.get(c.sm) if c.sm is not None else None) for c in every]
+        if any(c.group == "target" for c in checks):
+            _check_source(given.source)
+        if not given.list:
+            make_folder(given.output)
     except MoeExportError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -32,8 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
     try:
-        sms = tuple(find_sm(s).name for s in options.sm.split(",") if s)
-        dtypes = tuple(d for d in options.dtype.split(",") if d)
+        sms = tuple(find_sm(s).name for s in options.sm.split(",")) if options.sm else ()
+        dtypes = tuple(options.dtype.split(",")) if options.dtype else ()
         kernels = compile_kernels(requests(every_tile=not options.few, sms=sms, dtypes=dtypes))
     except MoeExportError as e:
         print(f"error: {e}", file=sys.stderr)

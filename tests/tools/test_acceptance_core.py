@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from moe_export.errors import UsageError
@@ -49,7 +50,9 @@ def test_risks_come_first_and_only_what_was_asked_for() -> None:
     with pytest.raises(UsageError, match="marshaling.*nearest: marshalling"):
         select(checks, ("marshaling",), ())
     with pytest.raises(UsageError, match="leave no check"):
-        select(checks, ("rtx",), (120,))
+        select(checks, ("rtx/sm80",), (89,))
+    with pytest.raises(UsageError, match="no check is for SM120 here; choices: 80, 89"):
+        select(checks, ("rtx",), (80, 120))
 
 
 def test_what_is_missing_is_told_for_each_check_and_nothing_is_started(tmp_path: Path) -> None:
@@ -108,6 +111,19 @@ def test_a_check_that_breaks_is_no_pass_and_stops_no_other(code: str, status: st
 def test_a_check_that_hangs_is_stopped() -> None:
     found = run_child(check("a", "import time; time.sleep(60)", timeout=0.5))
     assert found.status == "error" and found.reason == "stopped after 0.5 s"
+
+
+def test_what_a_stopped_check_started_is_stopped_too(tmp_path: Path) -> None:
+    mark = tmp_path / "pid"
+    code = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        f"open({str(mark)!r}, 'w').write(str(child.pid))\n"
+        "time.sleep(60)"
+    )
+    assert run_child(check("a", code, timeout=3)).reason == "stopped after 3 s"
+    pid = int(mark.read_text())
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_check_sees_its_own_gpu_only() -> None:

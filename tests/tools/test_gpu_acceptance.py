@@ -17,18 +17,14 @@ from numpy.typing import NDArray
 
 from moe_export.costs.tiles import Tile
 from moe_export.errors import MoeExportError
+from tests.helpers.tools import TOOLS, tool
 
 from ..plugins.gpu.memory_launcher import MemoryLauncher, stand_in_library
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-sys.path.insert(0, str(TOOLS))
-try:
-    import acceptance_gpu
-    import acceptance_plans
-    import gpu_acceptance
-    from acceptance_core import Machine
-finally:
-    sys.path.remove(str(TOOLS))
+acceptance_gpu = tool("acceptance_gpu")
+acceptance_plans = tool("acceptance_plans")
+gpu_acceptance = tool("gpu_acceptance")
+Machine = tool("acceptance_core").Machine
 
 HAS = {"gpu": "one", "triton": "3.9", "cuda": "13", "tensorrt": "11.4", "tensorrt_rtx": "1.7"}
 
@@ -60,6 +56,33 @@ def test_the_command_as_users_call_it(tmp_path: Path) -> None:
     assert done.stdout.startswith("marshalling") and not list(tmp_path.iterdir())
     done = subprocess.run([*line, "--only", "marshalls"], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "unknown check 'marshalls'; nearest: marshalling" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (("--sm", "abc"), "'abc'; expected SMs with commas between, such as 80,89"),
+        (("--sm", "89,"), "'89,'; expected SMs"),
+        (("--sm", "89,70"), "no check is for SM70 here; choices: 75, 80, 86"),
+        (("--only", "marshalling,"), "unknown check ''"),
+        (("--min-speedup", "nan"), "'nan'; expected a number above 0"),
+        (("--min-speedup", "-1"), "'-1'; expected a number above 0"),
+        (("--source", "nowhere/model"), "--source nowhere/model: there is no such file or folder"),
+        (("--output", "{here}/file/folder"), "/file/folder: Not a directory"),
+    ],
+)
+def test_wrong_use_is_told_before_anything_runs(
+    given: tuple[str, str], told: str, no_gpu: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    words = [word.format(here=tmp_path) for word in given]
+    try:
+        code: object = gpu_acceptance.main(["--output", str(tmp_path / "report"), *words])
+    except SystemExit as refused:
+        code = refused.code
+    printed = capsys.readouterr()
+    assert code == 2 and told in printed.err and not printed.out
+    assert not (tmp_path / "report").exists()
 
 
 def test_checks_of_a_machine_with_two_kinds_of_gpu() -> None:

@@ -73,3 +73,7 @@ def test_table_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     assert "registers" in capsys.readouterr().out
     assert command.main(["--sm", "70"]) == 2
     assert "no GPU kernels for SM '70'" in capsys.readouterr().err
+    assert command.main(["--sm", "80,"]) == 2
+    assert "no GPU kernels for SM ''" in capsys.readouterr().err
+    assert command.main(["--dtype", "float8"]) == 2
+    assert "no dtype 'float8'" in capsys.readouterr().err
