@@ -59,8 +59,8 @@ class NativeExperts(Pass):
             if isinstance(form, str) or isinstance(found, str):
                 if wanted != "auto":
                     raise UsageError(
-                        f"native_lowering: {wanted} is not for layer {layer.name!r}: {form}; take auto, which "
-                        "lowers it op by op"
+                        f"native_lowering: {wanted} is not for layer {layer.name!r}: {form}; take auto, "
+                        "which lowers it op by op"
                     )
                 context.decisions.append(
                     Decision(

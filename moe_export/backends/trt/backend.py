@@ -106,8 +106,7 @@ class TensorRtBackend(Backend):
             if layer.top_k is not None and layer.top_k > MOST_TOP_K:
                 raise UsageError(
                     f"MoE layer {layer.name!r} chooses {layer.top_k} experts per token; TensorRT's TopK "
-                    "takes at "
-                    f"most {MOST_TOP_K}; build for onnxruntime or portable"
+                    f"takes at most {MOST_TOP_K}; build for onnxruntime or portable"
                 )
             if options.get("expert_lowering") == "plugin":
                 check_plugin_sizes(layer, str(options.get("dtype", "float32")))
@@ -142,11 +141,9 @@ class TensorRtBackend(Backend):
     def _left(self, sms: tuple[int, ...], engines: tuple[EngineFile, ...], lacks: str) -> str:
         plans = ", ".join(f"SM{n}" for n in sms if n not in {engine.sm for engine in engines})
         return (
-            f"{build_engine.UNFINISHED}: the plans for {plans} are not built, because this machine lacks what it "
-            "takes: "
-            f"{lacks}. Left to do, on a machine with that GPU and `{INSTALL[self.name]}`: python {SCRIPT} "
-            "in the "
-            "bundle's folder"
+            f"{build_engine.UNFINISHED}: the plans for {plans} are not built, because this machine lacks what "
+            f"it takes: {lacks}. Left to do, on a machine with that GPU and `{INSTALL[self.name]}`: python "
+            f"{SCRIPT} in the bundle's folder"
         )
 
     def _recipe(
@@ -185,7 +182,6 @@ def _decision(engine: EngineFile) -> Decision:
         f"{kinds}",
         f"built by {engine.library} {engine.version} in {engine.build_seconds:.1f} s; weights "
         f"{engine.weight_bytes / 2**20:.1f} MiB, activations {engine.activation_bytes / 2**20:.1f} MiB at "
-        "the largest "
-        "shapes; products of float32 without TF32; not run on a GPU"
+        "the largest shapes; products of float32 without TF32; not run on a GPU"
         + (f"; fewer profiles than asked for: {engine.fewer_profiles}" if engine.fewer_profiles else ""),
     )

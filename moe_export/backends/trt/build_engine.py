@@ -105,9 +105,8 @@ def check_machine(recipe: dict[str, Any]) -> tuple[Any, list[int]]:
     here = gpu_sm()
     if here is None:
         raise CannotBuild(
-            "TensorRT times kernels on the GPU that it builds for, and this machine has none (or no "
-            "NVIDIA driver); "
-            f"run this on a machine with SM{', SM'.join(str(sm) for sm in wanted)}"
+            "TensorRT times kernels on the GPU that it builds for, and this machine has none (or no NVIDIA "
+            f"driver); run this on a machine with SM{', SM'.join(str(sm) for sm in wanted)}"
         )
     if here not in wanted:
         raise CannotBuild(
@@ -147,7 +146,8 @@ def build(recipe: dict[str, Any], folder: Path, trt: Any, sms: list[int]) -> lis
             plan = builder.build_serialized_network(network, _config(recipe, profiles, trt, builder, sm))
             if plan is not None:
                 break
-            fewer = f"no plan with {', '.join(profile['name'] for profile in profiles)}: {logger.last_words()}"
+            tried = ", ".join(profile["name"] for profile in profiles)
+            fewer = f"no plan with {tried}: {logger.last_words()}"
             print(f"SM{sm}: {fewer}", flush=True)
         if plan is None:
             # Of a plugin that refuses, TensorRT itself only says that it failed.

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -181,3 +182,28 @@ def test_standard_tensorrt_that_is_missing_is_told_with_the_command(tmp_path: Pa
     write_network(tmp_path)
     with pytest.raises(EnvironmentLacksError, match="tensorrt cannot be imported.*pip install tensorrt-cu13"):
         run_builder(recipe([89], library="tensorrt"), tmp_path)
+
+
+def test_a_plan_with_fewer_profiles_says_why(tmp_path: Path) -> None:
+    """In the place of the real builder one that fails under two profiles, as some versions do."""
+    library = pytest.importorskip("tensorrt_rtx")
+
+    class OneProfile(library.Builder):  # type: ignore[misc]  # of a package without types
+        def build_serialized_network(self, network: Any, config: Any) -> Any:
+            if config.num_optimization_profiles > 1:
+                return None
+            return super().build_serialized_network(network, config)
+
+    trt = types.SimpleNamespace(**{**vars(library), "Builder": OneProfile})
+    write_network(tmp_path)
+    wanted = recipe([89])
+    wanted["profiles"] = [{"name": "few", "shapes": {"x": [[1, 16], [1, 16], [1, 16]]}}, *wanted["profiles"]]
+    (engine,) = build_engine.build(wanted, tmp_path, trt, [89])
+    assert engine["profiles"] == ["all"]
+    assert engine["fewer_profiles"] == "no plan with few, all: TensorRT gave no reason"
+    empty = {"files": [], "engines": [], "notes": ["no finished engine: the plans for SM89", "another"]}
+    (tmp_path / "manifest.json").write_text(json.dumps(empty))
+    build_engine.finish_manifest(tmp_path, wanted, [engine])
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["state"] == "ready" and manifest["notes"][0] == "another"
+    assert manifest["notes"][-1].startswith("SM89: the plan has profile all only: no plan with few, all")
