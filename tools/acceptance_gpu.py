@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from moe_export_plugins.gpu.contract import LIMITS
 from numpy.typing import NDArray
 
 from moe_export.costs.tiles import Tile, tiles
@@ -20,8 +21,6 @@ from moe_export.ops import OPS
 
 Array = NDArray[Any]
 Result = dict[str, Any]
-LIMITS = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 6e-3}
-"""Largest error over max |reference|."""
 POISON = 0xA5
 SMALL: dict[str, Any] = {"num_experts": 11, "top_k": 3, "hidden": 72, "inner": 40}
 """Odd sizes, so that a swapped argument or an edge cannot pass."""
@@ -73,15 +72,10 @@ class Gpu:
             size = max(int(np.prod(shape)) * kind.itemsize, 16)
             poison = np.full(size, POISON, np.uint8).view(kind)
             held[tensor.name] = self.stream.to_device(poison)
-        scalars = iter(launch.scalars)
-        given = [
-            (held[name].pointer, True) if kind == "pointer" else (next(scalars), False)
-            for name, kind in rules.parameters(full)
-        ]
+        pointers = {name: array.pointer for name, array in held.items()}
+        given = launch.arguments(rules.parameters(full), pointers)
         function = self.driver.load(made.cubin, made.entry, made.shared_bytes)
-        self.driver.launch(
-            function, launch.grid, launch.threads, made.shared_bytes, self.stream.handle, given
-        )
+        self.driver.launch(function, launch, made.shared_bytes, self.stream.handle, given)
         self.stream.wait()
         out = {}
         for tensor, shape in zip(rules.outputs, launch.output_shapes, strict=True):

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 from acceptance_gpu import (
-    LIMITS,
     Array,
     Gpu,
     Result,
@@ -27,6 +26,7 @@ from acceptance_gpu import (
     shared_memory,
     tensor_cores,
 )
+from moe_export_plugins.gpu.contract import LIMITS
 
 from moe_export.errors import EnvironmentLacksError, MoeExportError
 from moe_export.ops import DOMAIN, OPS

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bench_arguments import number, numbers, several
 from moe_layer import Array, Layer, Shape
 from moe_layer_models import save_model
 
@@ -170,21 +171,21 @@ def _time(group: Group, rows: Array, experts: int) -> float:
     return statistics.median(times)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--shape", default="A,B", help=f"of {', '.join(SHAPES)}")
-    parser.add_argument("--rows", default="1,8,64,512")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--shape", type=several(SHAPES), default=list(SHAPES), help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--rows", type=numbers, default=[1, 8, 64, 512])
+    parser.add_argument("--rounds", type=number, default=5)
+    parser.add_argument("--threads", type=number, default=usable_cores())
     parser.add_argument("--markdown", action="store_true", help="print tables for docs/cpu-plugin.md")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     import torch
 
     torch.set_num_threads(options.threads)
-    for name in options.shape.split(","):
+    for name in options.shape:
         with tempfile.TemporaryDirectory(prefix="gemm_libraries_") as folder:
-            _measure(SHAPES[name], [int(r) for r in options.rows.split(",")], options, Path(folder))
+            _measure(SHAPES[name], options.rows, options, Path(folder))
     return 0
 
 

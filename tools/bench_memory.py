@@ -29,6 +29,8 @@ from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
+from bench_arguments import new_file, number
+
 HIDDEN, INNER, EXPERTS, TOP_K = 1024, 2816, 16, 2
 MIB = 2**20
 PIECE = 16 * MIB
@@ -84,14 +86,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--weights", choices=WEIGHTS, default="float32", help="how they are stored")
     parser.add_argument("--weights-gib", type=float, default=4.0, help="size of all expert weights")
     parser.add_argument("--limit-mib", type=int, default=512, help="memory of the child; 0: no limit")
-    parser.add_argument("--tokens", type=int, default=8, help="decode steps, each to experts of its own")
-    parser.add_argument("--json", type=Path, help="write the result here, too")
+    parser.add_argument("--tokens", type=number, default=8, help="decode steps, each to experts of its own")
+    parser.add_argument("--json", type=new_file, help="write the result here, too")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.tokens < 1 or options.limit_mib < 0 or not 0 < options.weights_gib < math.inf:
-        parser.error("expected --tokens of 1 or more, --limit-mib of 0 or more, --weights-gib above 0")
-    if options.json is not None and not options.json.parent.is_dir():
-        parser.error(f"--json: there is no folder {options.json.parent}")
+    if options.limit_mib < 0 or not 0 < options.weights_gib < math.inf:
+        parser.error("expected --limit-mib of 0 or more, --weights-gib above 0")
     form = form_of(options.weights)
     if options.child is not None:
         print(json.dumps(decode(options.child, options.tokens, form)))

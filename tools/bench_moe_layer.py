@@ -23,17 +23,16 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench_arguments import existing_folder, new_file, number, numbers, several, write_rows
 from moe_layer import DTYPES, SHAPES, Inputs, Layer, LeftOut, Run
 from moe_layer_contestants import ALL, FLOAT, Contestants, problem
 from moe_layer_onnxruntime import QUANTIZED
@@ -87,10 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             gc.collect()
     if options.markdown:
         print("\n" + markdown(rows))
-    if options.json:
-        Path(options.json).write_text(
-            json.dumps([asdict(r) for r in rows], indent=1) + "\n", encoding="utf-8"
-        )
+    write_rows(rows, options.json)
     return 1 if failures else 0
 
 
@@ -174,46 +170,28 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
-    def several(choices: Sequence[str]) -> Callable[[str], list[str]]:
-        def split(text: str) -> list[str]:
-            values = text.split(",")
-            for value in values:
-                if value not in choices:
-                    raise argparse.ArgumentTypeError(f"{value!r}: expected some of {', '.join(choices)}")
-            return values
-
-        return split
-
-    def numbers(text: str) -> list[int]:
-        values = [int(part) for part in text.split(",")]
-        if min(values) < 1:
-            raise argparse.ArgumentTypeError("expected positive numbers")
-        return values
-
     def add(name: str, **settings: Any) -> None:
         parser.add_argument(name, **settings)
 
     add("--topic", choices=tuple(TOPICS), help="the options of a table of docs/cpu-plugin.md, and --markdown")
-    add("--shape", type=several(list(SHAPES)), default=["A"], help=f"of {', '.join(SHAPES)}")
+    add("--shape", type=several(SHAPES), default=["A"], help=f"of {', '.join(SHAPES)}")
     add("--tokens", type=numbers, default=[1, 8, 64, 512, 2048])
-    add("--rounds", type=int, default=9)
+    add("--rounds", type=number, default=9)
     add("--routing", type=several(ROUTINGS), default=["uniform"], help=f"of {', '.join(ROUTINGS)}")
     add("--dtypes", type=several(DTYPES), help="default: float32, bfloat16 for shape C")
     add("--contestants", type=several(ALL), default=list(FLOAT), help="default: all that are not quantised")
     add("--threads", type=numbers, default=[usable_cores()])
     add("--wait", type=float, default=0.0, help="seconds to wait for a quiet machine at most")
-    add("--tries", type=int, default=10, help="how often a disturbed turn is taken at most")
+    add("--tries", type=number, default=10, help="how often a disturbed turn is taken at most")
     add("--ggml", metavar="FOLDER", help="where libggml-base and libggml-cpu lie (or MOE_EXPORT_GGML)")
     add("--markdown", action="store_true", help="print one Markdown table at the end")
-    add("--json", help="write the rows to this file")
-    add("--folder", default=os.environ.get("TMPDIR"), help="for the ONNX models")
+    add("--json", type=new_file, help="write the rows to this file")
+    add("--folder", type=existing_folder, default=os.environ.get("TMPDIR"), help="for the ONNX models")
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(given)
     if options.topic:
         # What is given besides wins.
         options = parser.parse_args([*shlex.split(TOPICS[options.topic]), "--markdown", *given])
-    if options.rounds < 1 or options.tries < 1:
-        parser.error("--rounds and --tries: expected 1 or more")
     return options
 
 

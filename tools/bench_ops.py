@@ -15,16 +15,16 @@ ratio: body over kernel, above 1 where the kernel is faster.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bench_arguments import new_file, number, numbers, several, write_rows
 from moe_layer_peaks import turn_seconds
 from numpy.typing import NDArray
 
@@ -35,6 +35,7 @@ from moe_export.ops import DOMAIN, OPS, VERSION
 
 Array = NDArray[Any]
 OPSET = 22
+KNOWN = ("Router", "Dispatch", "GroupedMatMul", "Combine")
 SIZES = ((8, 2), (16, 2), (64, 8), (128, 8), (256, 8))
 """Experts, experts per token."""
 HIDDEN = 1024
@@ -235,10 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     slower = [r for r in rows if r.ratio < 1]
     for row in slower:
         print(f"slower than its body: {row}", file=sys.stderr)
-    if options.json:
-        Path(options.json).write_text(
-            json.dumps([asdict(r) for r in rows], indent=1) + "\n", encoding="utf-8"
-        )
+    write_rows(rows, options.json)
     return 0
 
 
@@ -246,32 +244,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    known = ("Router", "Dispatch", "GroupedMatMul", "Combine")
-
-    def ops(text: str) -> list[str]:
-        names = text.split(",")
-        for name in names:
-            if name not in known:
-                raise argparse.ArgumentTypeError(f"{name!r}: expected some of {', '.join(known)}")
-        return names
-
-    def numbers(text: str) -> list[int]:
-        values = [int(part) for part in text.split(",")]
-        if min(values) < 1:
-            raise argparse.ArgumentTypeError("expected positive numbers")
-        return values
-
-    parser.add_argument("--op", type=ops, default=list(known), help=f"of {', '.join(known)}")
+    parser.add_argument("--op", type=several(KNOWN), default=list(KNOWN), help=f"of {', '.join(KNOWN)}")
     parser.add_argument("--tokens", type=numbers, default=[1, 8, 64, 512, 2048])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=usable_cores())
-    parser.add_argument("--tries", type=int, default=10, help="how often a disturbed turn is taken at most")
-    parser.add_argument("--json", help="write the rows to this file")
+    parser.add_argument("--rounds", type=number, default=9)
+    parser.add_argument("--threads", type=number, default=usable_cores())
+    parser.add_argument(
+        "--tries", type=number, default=10, help="how often a disturbed turn is taken at most"
+    )
+    parser.add_argument("--json", type=new_file, help="write the rows to this file")
     parser.add_argument("--markdown", action="store_true", help="print one Markdown table")
-    options = parser.parse_args(arguments)
-    if min(options.rounds, options.threads, options.tries) < 1:
-        parser.error("--rounds, --threads and --tries: expected 1 or more")
-    return options
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,16 @@ from moe_export_plugins.gpu.contract import (
     CAPACITY_REFUSED,
     CONTRACTS,
     DERIVED,
+    LIMITS,
+    MAX_ASSIGNMENTS,
     MAX_EXPERTS,
+    MAX_SHARED_BYTES,
     KernelContract,
     Tensor,
 )
 from moe_export_plugins.gpu.matrix import HEADERS, LAYER, requests, table_row
 
-from moe_export.costs import GPUS
+from moe_export.costs import GPUS, Assumptions
 from moe_export.costs.moe_kernels import (
     CACHE_FACTOR,
     FULL_ROWS,
@@ -41,6 +44,8 @@ SHOWN = ("a100-80", "h100", "h200", "b200", "l4", "l40s", "rtx-4090", "rtx-5090"
 TOKENS = (1, 8, 512, 4096)
 
 _CAPACITY = CAPACITY_REFUSED.partition(": ")[2]
+_LIMITS = [f"{dtype} {limit:.0e}".replace("e-0", "e-") for dtype, limit in LIMITS.items()]
+_SHARED = f"{MAX_SHARED_BYTES // 1024} KiB"
 _DERIVED = "\n".join(f"- {symbol} = `{text}`" for symbol, text in DERIVED.items())
 
 HEAD = f"""\
@@ -54,12 +59,12 @@ A MoE layer is five launches, each a Triton kernel in a file of its own (`plugin
 know nothing of TensorRT; its adapters stand beside them and do no arithmetic.
 
 - `python tools/kernel_table.py` compiles all of them, prints the table below and exits with 1 when a
-  kernel spills registers, takes more than 48 KiB of dynamic shared memory, lacks tensor-core
+  kernel spills registers, takes more than {_SHARED} of dynamic shared memory, lacks tensor-core
   instructions in a matrix product, adds floats by atomic operations, or has other parameters than its
   calling convention.
 - `pytest tests/plugins/gpu` compares each kernel with its op's reference, and the five in a row with
-  layers of Mixtral, DeepSeek-V3 and gpt-oss. Largest error allowed, of max |reference|: float32 1e-6,
-  float16 1e-3, bfloat16 6e-3. Expert ids are equal, except where the reference itself proves a tie.
+  layers of Mixtral, DeepSeek-V3 and gpt-oss. Largest error allowed, of max |reference|: {_LIMITS[0]},
+  {_LIMITS[1]}, {_LIMITS[2]}. Expert ids are equal, except where the reference itself proves a tie.
 - Compiled kernels are kept in the user's cache folder (`MOE_EXPORT_KERNEL_CACHE` names another); the key
   is everything they depend on.
 
@@ -79,7 +84,7 @@ NB blocks of BM rows always suffice, whatever the routing. `inner` and `rows` li
 their shapes do not depend on BM. No grid is empty when T = 0. No atomics on floats: equal inputs give
 equal bits.
 
-Limits: E at most {MAX_EXPERTS}; M below 2^30; SM80 and later.
+Limits: E at most {MAX_EXPERTS}; M below 2^{MAX_ASSIGNMENTS.bit_length() - 1}; SM80 and later.
 
 A router with capacity is refused: {_CAPACITY}.
 """
@@ -127,11 +132,14 @@ def _convention(contract: KernelContract) -> list[str]:
 
 def predictions() -> list[str]:
     """Tables of predicted times."""
+    given = Assumptions()
     lines = [
         "## Predicted times",
         "From shapes and data sheets (`moe_export/costs/moe_kernels.py`); nothing of it was measured.",
-        "bfloat16, tokens choose experts evenly. Assumed: kernels reach 80% of the memory's and 70% of the",
-        f"tensor cores' peak, 2 us per launch, a second-level cache {CACHE_FACTOR['HBM']:g} times as fast as",
+        f"bfloat16, tokens choose experts evenly. Assumed: kernels reach {given.memory:.0%} of the memory's "
+        f"and {given.compute:.0%} of the",
+        f"tensor cores' peak, {given.kernel_s * 1e6:g} us per launch, a second-level cache "
+        f"{CACHE_FACTOR['HBM']:g} times as fast as",
         f"HBM and {CACHE_FACTOR['GDDR']:g} times as GDDR, {SATURATING:.0%} of the multiprocessors saturate",
         f"memory, tiles of fewer than {FULL_ROWS} rows reach their share of the tensor cores. Microseconds",
         "per layer for the five kernels, and in brackets the lowering that is predicted fastest where it is",

@@ -62,6 +62,7 @@ def command(
         with load(bundle, trust=trust, threads=threads) as session:
             _say_notes(session, quiet)
             _write_npz(outputs, session.run(feeds))
+            _say_buckets(session, quiet)
         return 0
     if prompt is None and prompt_ids is None:
         if sys.stdin.isatty():
@@ -73,12 +74,19 @@ def command(
     with load(bundle, trust=trust, threads=threads) as session:
         _say_notes(session, quiet)
         _generate(session, prompt_ids or prompt or "", as_json, quiet, generation)
+        _say_buckets(session, quiet)
     return 0
 
 
 def _say_notes(session: Session, quiet: bool) -> None:
     for note in () if quiet else session.notes:
         click.echo(f"note: {note}", err=True)
+
+
+def _say_buckets(session: Session, quiet: bool) -> None:
+    use = None if quiet else session.capacity_use
+    if use is not None:
+        click.echo(f"buckets of experts: {use.text()}", err=True)
 
 
 def _generate(

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from moe_export.costs.buckets import first_guess, round_up, uniform_load
 from moe_export.errors import InputError
-from moe_export.schema import ModelIO, MoELayer, TensorSpec
+from moe_export.schema import Manifest, ModelIO, MoELayer, TensorSpec
 
 Result = TypeVar("Result")
 
@@ -65,7 +65,8 @@ def _product(numbers: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class CapacityUse:
-    """How the buckets of an engine went: ``reruns`` are runs that had to be done again."""
+    """How the buckets of an engine went. ``reruns``: how often a run was done again, which may be several
+    times for one run."""
 
     runs: int = 0
     reruns: int = 0
@@ -77,7 +78,7 @@ class CapacityUse:
         if not self.runs:
             return "no run used buckets"
         return (
-            f"{self.reruns} of {self.runs} runs were done again with larger buckets; the fullest expert got "
+            f"{self.runs} runs, and {self.reruns} re-runs with larger buckets; the fullest expert got "
             f"{self.largest_load} tokens, the largest bucket held {self.largest_capacity}"
         )
 
@@ -94,6 +95,14 @@ class CapacityRunner:
         self._skew = 0.0
         self._lock = threading.Lock()
         self._use = CapacityUse()
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> CapacityRunner:
+        """For an engine with the manifest's layers and limits: a bucket for all its tokens is its largest."""
+        limits = manifest.limits
+        if limits.max_batch is None or limits.max_sequence is None:
+            return cls(manifest.moe_layers)
+        return cls(manifest.moe_layers, limits.max_batch * limits.max_sequence)
 
     @property
     def use(self) -> CapacityUse:

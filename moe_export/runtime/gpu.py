@@ -13,7 +13,14 @@ from moe_export.backends.trt.device import DeviceArray
 from moe_export.backends.trt.runner import PlanRunner
 from moe_export.bundle.reader import Bundle
 from moe_export.errors import InputError
-from moe_export.runtime.capacity import CapacityRunner, bucket_io, count_tokens, load_of, own_io
+from moe_export.runtime.capacity import (
+    CapacityRunner,
+    CapacityUse,
+    bucket_io,
+    count_tokens,
+    load_of,
+    own_io,
+)
 from moe_export.runtime.inputs import check_sequence
 from moe_export.runtime.stepping import LOGITS, Stepper
 from moe_export.runtime.tensors import numpy_dtype
@@ -48,10 +55,7 @@ def open_gpu_engine(bundle: Bundle) -> GpuEngine:
 
 
 class GpuEngine:
-    """Runs a plan, with buckets as large as its tokens need.
-
-    ``capacities``: how large the experts' buckets were, and how often a run was done again with larger ones.
-    """
+    """Runs a plan, with buckets as large as its tokens need."""
 
     shared_cache = False
     rows_apart = False
@@ -61,10 +65,13 @@ class GpuEngine:
         self._runner = runner
         self._io = io
         self._buckets = bucket_io(io)
-        limits = manifest.limits
-        largest = (limits.max_batch or 1) * (limits.max_sequence or 1)
-        self.capacities = CapacityRunner(manifest.moe_layers, largest)
+        self._capacities = CapacityRunner.of(manifest)
         self.outputs = tuple(spec.name for spec in own_io(io).outputs)
+
+    @property
+    def capacity_use(self) -> CapacityUse | None:
+        """How often buckets were too small; None for a plan without them."""
+        return None if self._buckets is None else self._capacities.use
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """All outputs for checked inputs, in main memory."""
@@ -85,7 +92,7 @@ class GpuEngine:
             return results, load_of(self.take(results[output]))
 
         shapes = {key: array.shape for key, array in inputs.items()}
-        return self.capacities.run(count_tokens(self._io, shapes), execute)
+        return self._capacities.run(count_tokens(self._io, shapes), execute)
 
     def put(self, name: str, array: Any) -> DeviceArray:
         """An input's value on the GPU."""

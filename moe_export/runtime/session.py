@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from moe_export.backends.onnxruntime.runner import create_session
 from moe_export.bundle.reader import Bundle, open_bundle
 from moe_export.errors import BundleError, InputError
-from moe_export.runtime.capacity import own_io
+from moe_export.runtime.capacity import CapacityUse, own_io
 from moe_export.runtime.engine import Engine, check_declared
 from moe_export.runtime.generation import Generation, Request, StreamEvent
 from moe_export.runtime.generator import Generator
@@ -94,6 +94,13 @@ class Session:
     def io(self) -> ModelIO:
         """Inputs and outputs of the engine."""
         return self.manifest.io
+
+    @property
+    def capacity_use(self) -> CapacityUse | None:
+        """How often a TensorRT plan was run again with larger buckets of experts; None for engines without
+        buckets."""
+        engine, _ = self._open()
+        return engine.capacity_use if isinstance(engine, GpuEngine) else None
 
     @property
     def tokenizer(self) -> Tokenizer | None:

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from .result import CaseResult, Check, Finding, ParityReport
 from .runner import verify_bundle
-from .simulate import simulate_bundle
 from .write import report_files, write_reports
 
 __all__ = [
-    "simulate_bundle",
     "CaseResult",
     "Check",
     "Finding",

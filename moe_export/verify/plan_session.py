@@ -68,4 +68,5 @@ class PlanSession:
 
     def notes(self) -> list[str]:
         """What a report says of it."""
-        return [NOTE]
+        use = self._plan.capacity_use
+        return [NOTE] if use is None else [NOTE, f"buckets of the plan: {use.text()}"]

@@ -59,12 +59,15 @@ def verify_bundle(
         save_golden: also write inputs and reference answers into this ``.npz`` file.
         threads: threads of the engine; None: all cores.
         progress: told about stages.
-        simulate: run the lowered graph of a TensorRT target on the CPU in place of its engine.
+        simulate: run the lowered graph of a TensorRT target on the CPU in place of its engine. The report
+            then says that it was simulated, and how often buckets of experts were too small.
 
     Returns: the report. A failed check does not raise; ``report.passed`` is False then.
 
     Raises:
-        UsageError: an argument is wrong, or there is nothing to verify against.
+        UsageError: an argument is wrong, there is nothing to verify against, or ``simulate`` was asked of a
+            target that runs on the CPU by itself.
+        EnvironmentLacksError: a plan without its GPU; or plugin nodes are simulated, and Triton is missing.
         BundleError: the bundle is damaged or does not load.
         SourceError: the source model cannot be loaded.
     """

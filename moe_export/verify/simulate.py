@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +25,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from ..bundle.reader import Bundle
-    from ..progress import Progress
     from ..runtime.capacity import CapacityUse
     from ..schema import Manifest, ModelIO
-    from ..trace import LayerTrace, Reference, TracedRun
-    from .result import ParityReport
+    from ..trace import LayerTrace, TracedRun
     from .simulated_graph import PluginOp, SimulatedGraph
 
     Array = NDArray[Any]
@@ -38,43 +35,6 @@ if TYPE_CHECKING:
 
 PLUGIN_LIMITS = Limits(2, 24)
 """Largest batch and sequence of a graph with plugin nodes: one run of more takes minutes."""
-
-
-def simulate_bundle(
-    bundle: Path | str,
-    *,
-    against: Reference | Path | str | None = None,
-    trust: bool = False,
-    force_routing: bool = False,
-    tolerances: Mapping[str, float] | None = None,
-    text: str | None = None,
-    seed: int = 0,
-    save_golden: Path | str | None = None,
-    threads: int | None = None,
-    progress: Progress | None = None,
-) -> ParityReport:
-    """:func:`moe_export.verify.verify_bundle` of the lowered graph on the CPU; arguments, report and errors
-    are the same. The report says that it was simulated, and how often buckets were too small.
-
-    Raises:
-        UsageError: the bundle is of a target that runs on the CPU by itself.
-        EnvironmentLacksError: plugin nodes need Triton, which is not installed.
-    """
-    from .runner import verify_bundle
-
-    return verify_bundle(
-        bundle,
-        against=against,
-        trust=trust,
-        force_routing=force_routing,
-        tolerances=tolerances,
-        text=text,
-        seed=seed,
-        save_golden=save_golden,
-        threads=threads,
-        progress=progress,
-        simulate=True,
-    )
 
 
 def load_simulated(
@@ -113,7 +73,7 @@ class SimulatedSession:
         self.manifest: Manifest = dataclasses.replace(whole, io=own_io(whole.io), limits=limits)
         """Its inputs and outputs are the model's own, without those that size buckets."""
         self._buckets = bucket_io(whole.io)
-        self._capacity = CapacityRunner(whole.moe_layers)
+        self._capacity = CapacityRunner.of(whole)
         vocabulary = whole.text.vocab_size if whole.text is not None else None
         self._checker = InputChecker(self.manifest.io, limits, vocabulary)
 

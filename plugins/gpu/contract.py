@@ -26,7 +26,7 @@ Rules that hold for every kernel:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,8 @@ from moe_export.ops.router import ROUTER
 from .expressions import evaluate
 
 DTYPES = ("float32", "float16", "bfloat16")
+LIMITS = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 6e-3}
+"""Largest error that a kernel, and the five in a row, may have: of max |float64 reference|."""
 MAX_SHARED_BYTES = 48 * 1024
 """Dynamic shared memory that a kernel may use without asking the driver for more."""
 
@@ -98,6 +100,16 @@ class Launch:
     threads: int
     scalars: tuple[int, ...]
     output_shapes: tuple[tuple[int, ...], ...]
+
+    def arguments(
+        self, parameters: Sequence[tuple[str, str]], pointers: Mapping[str, int]
+    ) -> list[tuple[int, bool]]:
+        """(value, is a pointer) of each of the kernel's ``parameters``, in order. ``pointers``: by name."""
+        scalars = iter(self.scalars)
+        return [
+            (pointers[name], True) if kind == "pointer" else (next(scalars), False)
+            for name, kind in parameters
+        ]
 
 
 @dataclass(frozen=True)

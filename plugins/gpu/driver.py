@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 from moe_export.errors import EnvironmentLacksError, MoeExportError
 
+from .contract import Launch
+
 STATIC_SHARED_LIMIT = 48 * 1024
 """Dynamic shared memory beyond this many bytes must be asked for, per kernel."""
 
@@ -41,15 +43,9 @@ class Launcher(Protocol):
         """A kernel ready to launch, from a cubin or PTX; ``shared`` bytes of dynamic shared memory."""
 
     def launch(
-        self,
-        kernel: Any,
-        grid: tuple[int, int, int],
-        threads: int,
-        shared: int,
-        stream: int,
-        pointers_and_ints: Sequence[tuple[int, bool]],
+        self, kernel: Any, launch: Launch, shared: int, stream: int, arguments: Sequence[tuple[int, bool]]
     ) -> None:
-        """Queue one launch; arguments are (value, whether it is a pointer): others are 32-bit integers."""
+        """Queue one launch; arguments as :meth:`Launch.arguments` gives them: integers are of 32 bits."""
 
 
 class CudaDriver:
@@ -136,17 +132,12 @@ class CudaDriver:
         return self._call("cuKernelGetFunction", kernel)
 
     def launch(
-        self,
-        kernel: Any,
-        grid: tuple[int, int, int],
-        threads: int,
-        shared: int,
-        stream: int,
-        pointers_and_ints: Sequence[tuple[int, bool]],
+        self, kernel: Any, launch: Launch, shared: int, stream: int, arguments: Sequence[tuple[int, bool]]
     ) -> None:
-        values = tuple(v for v, _ in pointers_and_ints)
-        types = tuple(ctypes.c_void_p if pointer else ctypes.c_int32 for _, pointer in pointers_and_ints)
-        self._call("cuLaunchKernel", kernel, *grid, threads, 1, 1, shared, stream, (values, types), 0)
+        values = tuple(v for v, _ in arguments)
+        types = tuple(ctypes.c_void_p if pointer else ctypes.c_int32 for _, pointer in arguments)
+        block = (launch.threads, 1, 1)
+        self._call("cuLaunchKernel", kernel, *launch.grid, *block, shared, stream, (values, types), 0)
 
 
 class CudaError(MoeExportError):

@@ -192,11 +192,7 @@ def arguments(
     shape: ExpertShape, kernel: str, launch: Launch, pointers: Mapping[str, int]
 ) -> list[tuple[int, bool]]:
     """(value, is a pointer) of each parameter of a kernel, in its order. ``pointers``: by tensor name."""
-    scalars = iter(launch.scalars)
-    return [
-        (pointers[name], True) if kind == "pointer" else (next(scalars), False)
-        for name, kind in _parameters(shape, kernel)
-    ]
+    return launch.arguments(_parameters(shape, kernel), pointers)
 
 
 @cache

@@ -103,4 +103,4 @@ def run(
     every = {**pointers, **{name: workspace + offset for name, offset in planned.offsets.items()}}
     for (name, launch), (kernel, shared) in zip(planned.launches, loaded, strict=True):
         given = arguments(shape, name, launch, every)
-        launcher.launch(kernel, launch.grid, launch.threads, shared, stream, given)
+        launcher.launch(kernel, launch, shared, stream, given)

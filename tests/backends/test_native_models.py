@@ -9,7 +9,7 @@ import pytest
 
 import moe_export
 from moe_export.models.families import tiny_model
-from moe_export.verify import simulate_bundle
+from moe_export.verify import verify_bundle
 
 pytest.importorskip("tensorrt_rtx", reason="pip install 'moe-export[tensorrt-rtx]'")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -44,8 +44,8 @@ def test_the_example(tmp_path: Path) -> None:
     roles = {spec.role for spec in (*bundle.manifest.io.inputs, *bundle.manifest.io.outputs)}
     assert {"capacity", "load"} <= roles
     golden = tmp_path / "golden.npz"
-    assert simulate_bundle(bundle.path, against=EXAMPLE, save_golden=golden, threads=1).passed
-    assert simulate_bundle(bundle.path, against=golden, threads=1).passed
+    assert verify_bundle(bundle.path, against=EXAMPLE, simulate=True, save_golden=golden, threads=1).passed
+    assert verify_bundle(bundle.path, against=golden, simulate=True, threads=1).passed
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "qwen3_moe"])

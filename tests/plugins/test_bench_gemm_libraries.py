@@ -46,3 +46,12 @@ def test_wrong_products_are_refused() -> None:
 
         with pytest.raises(SystemExit, match="broken: wrong result"):
             _check("broken", wrong, layer, whole=False)
+
+
+@pytest.mark.parametrize("arguments", [["--shape", "D"], ["--rows", "0"], ["--rows", "x"], ["--rounds", "0"]])
+def test_wrong_options_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    from bench_gemm_libraries import main
+
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2 and "expected" in capsys.readouterr().err

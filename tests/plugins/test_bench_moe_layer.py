@@ -230,6 +230,8 @@ def test_unknown_contestants_and_shapes_are_refused(capsys: pytest.CaptureFixtur
         ["--rounds", "0"],
         ["--threads", "0"],
         ["--dtypes", "int8"],
+        ["--json", "no/such/folder/rows.json"],
+        ["--folder", "no/such/folder"],
     ):
         with pytest.raises(SystemExit):
             main(arguments)

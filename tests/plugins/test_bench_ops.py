@@ -52,7 +52,13 @@ def test_a_kernel_that_differs_from_its_body_gets_no_time(op: str) -> None:
 def test_wrong_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     from bench_ops import main
 
-    for arguments in (["--op", "ExpertMLP"], ["--tokens", "0"], ["--rounds", "0"]):
+    for arguments in (
+        ["--op", "ExpertMLP"],
+        ["--tokens", "0"],
+        ["--rounds", "0"],
+        ["--threads", "1,2"],
+        ["--json", "no/such/folder/rows.json"],
+    ):
         with pytest.raises(SystemExit):
             main(arguments)
         assert "expected" in capsys.readouterr().err

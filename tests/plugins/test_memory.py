@@ -60,10 +60,10 @@ def test_a_model_larger_than_the_memory_limit_runs(weights: str, tmp_path: Path)
     ("options", "message"),
     [
         (["--weights", "int3"], "invalid choice: 'int3'"),
-        (["--tokens", "0"], "--tokens of 1 or more"),
+        (["--tokens", "0"], "whole numbers of 1 or more"),
         (["--limit-mib", "-1"], "--limit-mib of 0 or more"),
         (["--weights-gib", "nan"], "--weights-gib above 0"),
-        (["--json", "no/such/folder/out.json"], "there is no folder no/such/folder"),
+        (["--json", "no/such/folder/out.json"], "expected a file in a folder that exists"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_written(options: list[str], message: str) -> None:

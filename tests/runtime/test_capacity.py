@@ -47,7 +47,7 @@ def test_a_large_enough_first_guess_runs_once() -> None:
     assert runner.run(64, engine) == "right"
     assert len(engine.seen) == 1 and engine.seen[0] >= 20
     assert (runner.use.runs, runner.use.reruns, runner.use.largest_load) == (1, 0, 20)
-    assert "0 of 1 runs" in runner.use.text()
+    assert "0 re-runs" in runner.use.text()
 
 
 def test_a_small_bucket_runs_again_until_every_token_fits() -> None:
@@ -56,7 +56,7 @@ def test_a_small_bucket_runs_again_until_every_token_fits() -> None:
     assert runner.run(200, engine) == "right"
     assert engine.seen[0] < 150 and engine.seen[-1] >= 190 and len(engine.seen) == 3
     assert (runner.use.runs, runner.use.reruns) == (1, 2)
-    assert "2 of 1 runs" in runner.use.text() and "190 tokens" in runner.use.text()
+    assert "2 re-runs" in runner.use.text() and "190 tokens" in runner.use.text()
 
 
 def test_the_next_guess_has_learned() -> None:

@@ -33,7 +33,7 @@ from moe_export.report.junit import parity_junit
 from moe_export.report.markdown import parity_markdown
 from moe_export.schema import Limits, Manifest, SourceInfo
 from moe_export.trace import LayerTrace, TracedRun
-from moe_export.verify import ParityReport, simulate_bundle, verify_bundle
+from moe_export.verify import ParityReport, verify_bundle
 from moe_export.verify.simulate import load_simulated
 from moe_export.verify.simulated_graph import SimulatedGraph
 from tests.helpers.tiny_bundle import make_tiny_bundle, write_manifest
@@ -89,7 +89,7 @@ def plugin() -> PassContext:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> ParityReport:
     bundle = bundle_of(native(), tmp_path_factory.mktemp("simulate") / "bundle")
-    return simulate_bundle(bundle, against=Plain(context(SILU, gated=True)), threads=1)
+    return verify_bundle(bundle, against=Plain(context(SILU, gated=True)), simulate=True, threads=1)
 
 
 def test_a_right_graph_passes_and_every_report_is_headed(report: ParityReport) -> None:
@@ -99,7 +99,7 @@ def test_a_right_graph_passes_and_every_report_is_headed(report: ParityReport) -
     assert text.startswith(HEADING) and f"{HEADING}: verified" in text
     assert parity_markdown(report).startswith(f"# Parity ({HEADING}): PASSED")
     assert HEADING in str(ElementTree.fromstring(parity_junit(report)).get("name"))
-    assert any("runs were done again with larger buckets" in note for note in report.notes)
+    assert any("re-runs with larger buckets" in note for note in report.notes)
     assert ParityReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
 
 
@@ -110,9 +110,8 @@ def test_a_wrong_graph_fails(tmp_path: Path) -> None:
     array = up.const_value.numpy().copy()
     array[[2, 3]] = array[[3, 2]]
     up.const_value = ir.tensor(array, name=up.name)
-    found = simulate_bundle(
-        bundle_of(made, tmp_path / "bundle"), against=Plain(context(SILU, gated=True)), threads=1
-    )
+    plain = Plain(context(SILU, gated=True))
+    found = verify_bundle(bundle_of(made, tmp_path / "bundle"), against=plain, simulate=True, threads=1)
     assert not found.passed and found.findings[0].kind == "wrong expert"
     assert set(found.findings[0].experts) == {2, 3}
     assert f"{HEADING}: NOT VERIFIED" in parity_text(found)
@@ -226,10 +225,10 @@ def for_gpu(folder: Path, **options: Any) -> Path:
 
 
 def test_text_models_run_through_their_cache(tmp_path: Path) -> None:
-    found = simulate_bundle(for_gpu(tmp_path / "right"), against=TinyReference(), threads=1)
+    found = verify_bundle(for_gpu(tmp_path / "right"), against=TinyReference(), simulate=True, threads=1)
     assert found.passed and {"token by token", "chunks"} <= {c.name for c in found.cases}
     wrong = for_gpu(tmp_path / "wrong", broken="cache_shifted")
-    found = simulate_bundle(wrong, against=TinyReference(), threads=1)
+    found = verify_bundle(wrong, against=TinyReference(), simulate=True, threads=1)
     assert not found.passed and found.findings[0].kind == "KV cache"
 
 

@@ -141,9 +141,9 @@ class TensorRtBackend(Backend):
     def _left(self, sms: tuple[int, ...], engines: tuple[EngineFile, ...], lacks: str) -> str:
         plans = ", ".join(f"SM{n}" for n in sms if n not in {engine.sm for engine in engines})
         return (
-            f"{build_engine.UNFINISHED}: the plans for {plans} are not built, because this machine lacks what "
-            f"it takes: {lacks}. Left to do, on a machine with that GPU and `{INSTALL[self.name]}`: python "
-            f"{SCRIPT} in the bundle's folder"
+            f"{build_engine.UNFINISHED}: the plans for {plans} are not built, because this machine lacks "
+            f"what it takes: {lacks}. Left to do, on a machine with that GPU and `{INSTALL[self.name]}`: "
+            f"python {SCRIPT} in the bundle's folder"
         )
 
     def _recipe(

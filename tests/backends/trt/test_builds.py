@@ -257,7 +257,7 @@ def test_steps_on_a_gpu_feed_what_a_decoder_expects(model: torch.nn.Module, left
     assert np.abs(got - wanted)[mask == 1].max() < 1e-4
     broken = np.concatenate(parts[::-1], axis=1)
     assert np.abs(broken - wanted)[mask == 1].max() > 1e-2
-    assert engine.capacities.use.runs == 3 and runner.capacities
+    assert engine.capacity_use is not None and engine.capacity_use.runs == 3 and runner.capacities
     assert set(engine.outputs) == {s.name for s in manifest.io.outputs} - {"moe_max_load"}
     with pytest.raises(InputError, match="maximum"):
         stepper.feed(np.ones((2, 40), np.int64), np.ones((2, 40), np.int64))

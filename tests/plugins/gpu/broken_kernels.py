@@ -52,15 +52,7 @@ def scalar_lost(rows: tl.tensor, expert_ids: tl.tensor, out: tl.tensor, H: tl.co
 
 
 @triton.jit
-def without_tensor_cores(
-    inner: tl.tensor,
-    down: tl.tensor,
-    weights: tl.tensor,
-    sorted_rows: tl.tensor,
-    block_expert: tl.tensor,
-    M: tl.tensor,
-    rows: tl.tensor,
-) -> None:
+def without_tensor_cores(inner, down, weights, sorted_rows, block_expert, M, rows):
     """A "product" by element."""
     at = tl.arange(0, 128)
     value = tl.load(inner + at).to(tl.float32) * tl.load(down + at).to(tl.float32) * tl.load(weights + at)
@@ -69,46 +61,28 @@ def without_tensor_cores(
 
 
 @triton.jit
-def spills(
-    inner: tl.tensor,
-    down: tl.tensor,
-    weights: tl.tensor,
-    sorted_rows: tl.tensor,
-    block_expert: tl.tensor,
-    M: tl.tensor,
-    rows: tl.tensor,
-    H: tl.constexpr,
-) -> None:
-    """A tile far too large for the registers of one warp."""
-    i = tl.arange(0, 64)[:, None]
+def _product(
+    inner, down, weights, sorted_rows, block_expert, M, rows, H: tl.constexpr, ROWS: tl.constexpr,
+    DEPTH: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    i = tl.arange(0, ROWS)[:, None]
     j = tl.arange(0, 128)[None, :]
-    total = tl.zeros([64, 128], tl.float32)
-    for step in tl.range(0, M):
-        a = tl.load(inner + i * H + tl.arange(0, 16)[None, :] + step)
-        b = tl.load(down + tl.arange(0, 16)[:, None] + j * H + step)
+    total = tl.zeros([ROWS, 128], tl.float32)
+    for step in tl.range(0, M, num_stages=STAGES):
+        a = tl.load(inner + i * H + tl.arange(0, DEPTH)[None, :] + step * DEPTH)
+        b = tl.load(down + tl.arange(0, DEPTH)[:, None] + j * H + step * DEPTH)
         total = tl.dot(a, b, total)
     total += tl.load(weights) + tl.load(sorted_rows) + tl.load(block_expert)
     tl.store(rows + i * H + j, total.to(rows.dtype.element_ty))
 
 
 @triton.jit
-def much_shared_memory(
-    inner: tl.tensor,
-    down: tl.tensor,
-    weights: tl.tensor,
-    sorted_rows: tl.tensor,
-    block_expert: tl.tensor,
-    M: tl.tensor,
-    rows: tl.tensor,
-    H: tl.constexpr,
-) -> None:
+def spills(inner, down, weights, sorted_rows, block_expert, M, rows, H: tl.constexpr):
+    """A tile far too large for the registers of one warp."""
+    _product(inner, down, weights, sorted_rows, block_expert, M, rows, H, 64, 16, 1)
+
+
+@triton.jit
+def much_shared_memory(inner, down, weights, sorted_rows, block_expert, M, rows, H: tl.constexpr):
     """Many stages of a pipeline."""
-    i = tl.arange(0, 128)[:, None]
-    j = tl.arange(0, 128)[None, :]
-    total = tl.zeros([128, 128], tl.float32)
-    for step in tl.range(0, M, num_stages=6):
-        a = tl.load(inner + i * H + tl.arange(0, 64)[None, :] + step * 64)
-        b = tl.load(down + tl.arange(0, 64)[:, None] + j * H + step * 64)
-        total = tl.dot(a, b, total)
-    total += tl.load(weights) + tl.load(sorted_rows) + tl.load(block_expert)
-    tl.store(rows + i * H + j, total.to(rows.dtype.element_ty))
+    _product(inner, down, weights, sorted_rows, block_expert, M, rows, H, 128, 64, 6)

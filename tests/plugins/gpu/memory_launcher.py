@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from moe_export_plugins.gpu.bundle_kernels import KernelSpec
-from moe_export_plugins.gpu.contract import CONTRACTS
+from moe_export_plugins.gpu.contract import CONTRACTS, Launch
 from moe_export_plugins.gpu.driver import Device
 from moe_export_plugins.gpu.interpret import run_interpreted
 from moe_export_plugins.gpu.library import FORMAT, INDEX, KernelLibrary
@@ -89,19 +89,13 @@ class MemoryLauncher:
         return json.loads(image)
 
     def launch(
-        self,
-        kernel: Any,
-        grid: tuple[int, int, int],
-        threads: int,
-        shared: int,
-        stream: int,
-        pointers_and_ints: Sequence[tuple[int, bool]],
+        self, kernel: Any, launch: Launch, shared: int, stream: int, arguments: Sequence[tuple[int, bool]]
     ) -> None:
         name, constants, tile = kernel["kernel"], kernel["constants"], Tile(**kernel["tile"])
         rules = CONTRACTS[name]
         biased = bool(constants.get("biased"))
         names = [n for n in TRITON_ORDER[name] if biased or not n.endswith("_bias")]
-        given = list(pointers_and_ints)
+        given = list(arguments)
         if self.spoil and name == "down":
             given[names.index("weights")] = given[names.index("inner")]
         assert len(names) == len(given), name
@@ -111,7 +105,7 @@ class MemoryLauncher:
         # The number of tokens is what the scalars say: of tokens, or of assignments.
         tokens = named["T"][0] if "T" in named else named["M"][0] // constants["top_k"]
         expected = rules.launch(constants, tile, tokens)
-        assert (grid, threads, stream) == (expected.grid, expected.threads, 77)
+        assert launch == expected and stream == 77
         assert tuple(named[s.name][0] for s in rules.scalars) == expected.scalars
         shapes = rules.input_shapes(constants, tile, tokens)
         arrays = {

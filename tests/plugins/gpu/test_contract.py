@@ -13,7 +13,7 @@ import moe_export_plugins.gpu as package
 import pytest
 from moe_export_plugins.gpu import ptx
 from moe_export_plugins.gpu.constexprs import constexprs
-from moe_export_plugins.gpu.contract import CONTRACTS, contract
+from moe_export_plugins.gpu.contract import CONTRACTS, LIMITS, contract
 from moe_export_plugins.gpu.expressions import evaluate
 from moe_export_plugins.gpu.sm import SMS, find_sm
 
@@ -22,6 +22,8 @@ from moe_export.errors import CheckFailed, UsageError
 from moe_export.ops.expert_mlp import EXPERT_MLP
 from moe_export.ops.router import ROUTER
 
+from . import kernel_cases
+
 FOLDER = Path(next(iter(package.__path__)))
 SIZES: dict[str, Any] = {"num_experts": 6, "top_k": 2, "hidden": 48, "inner": 40}
 
@@ -29,6 +31,10 @@ SIZES: dict[str, Any] = {"num_experts": 6, "top_k": 2, "hidden": 48, "inner": 40
 def complete(name: str, **more: Any) -> dict[str, Any]:
     names = {a.name for a in CONTRACTS[name].constants}
     return CONTRACTS[name].complete({k: v for k, v in {**SIZES, **more}.items() if k in names})
+
+
+def test_limits_of_error_are_those_promised() -> None:
+    assert LIMITS == kernel_cases.LIMITS
 
 
 @pytest.mark.parametrize(

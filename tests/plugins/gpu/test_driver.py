@@ -19,6 +19,7 @@ SOURCE = Path(__file__).with_name("recording_libcuda.c")
 COMPILER = shutil.which("cc")
 
 LAUNCH = """
+from moe_export_plugins.gpu.contract import Launch
 from moe_export_plugins.gpu.driver import CudaDriver
 driver = CudaDriver()
 driver.open(0)
@@ -27,7 +28,9 @@ assert driver.device() is device
 assert (device.sm, device.driver, device.shared_limit, device.name) == (89, 13000, 101376, "recorder"), device
 for image, shared in ((b"\\x7fELFabcdef", 60000), (b"\\x7fELFabcdef", 1024), (b"//  ptx text", 0)):
     kernel = driver.load(image, "entry", shared)
-    driver.launch(kernel, (3, 2, 1), 128, shared, 77, [(2**40 + 1, True), (-5, False), (9, True)])
+    launch = Launch((3, 2, 1), 128, (-5,), ())
+    given = launch.arguments([("a", "pointer"), ("n", "int32"), ("b", "pointer")], {"a": 2**40 + 1, "b": 9})
+    driver.launch(kernel, launch, shared, 77, given)
 """
 OPEN = """
 from moe_export.errors import MoeExportError

@@ -22,11 +22,10 @@ from moe_export.costs.tiles import tiles
 from moe_export.errors import BundleError, UsageError
 from moe_export.ops import OPS
 
+from .kernel_cases import LIMITS
 from .memory_launcher import MemoryLauncher, numpy_type, stand_in_library
 
 trt = pytest.importorskip("tensorrt_rtx", reason="pip install 'moe-export[tensorrt-rtx]'")
-# A GPU's own tolerances, relative to max |reference|: those of the issue.
-LIMITS = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 6e-3}
 TRT_TYPES = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16", "int32": "int32"}
 GUARD = 512
 
