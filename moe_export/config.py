@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_export.errors import UsageError, choices_text
-from moe_export.schema import DTYPES, TASKS
+from moe_export.schema import DTYPES, EP_MODES, EP_OVERFLOWS, PLACEMENTS, TASKS
 from moe_export.sms import GPU_TARGETS, check_dtype, check_sms, sms_of
 
 TARGETS: tuple[str, ...] = ("onnxruntime", "portable", *GPU_TARGETS)
@@ -78,6 +78,22 @@ class BuildConfig:
     per layer."""
     weights: str = "auto"
     """Where the weights of an exported model folder lie; see :data:`WEIGHTS`."""
+    ep: int = 1
+    """Ranks that the experts are divided over; 1 = one engine holds all."""
+    ep_mode: str = "allreduce"
+    """How ranks exchange tokens; see :class:`moe_export.schema.ExpertParallel`."""
+    ep_overflow: str = "exact"
+    """What happens when a block of an all-to-all is too small."""
+    ep_capacity_factor: float | None = None
+    """Rows of a block over its share at even load; only with ``ep_overflow`` error."""
+    placement: str = "contiguous"
+    """Which rank holds which experts: in their order, or balanced by ``trace``."""
+    trace: str | None = None
+    """JSON file of ``moe-export trace``, for a balanced placement."""
+    redundant_experts: int = 0
+    """Slots per MoE layer for replicas of its busiest experts; they need a balanced placement."""
+    ep_nodes: int = 1
+    """Machines that the ranks lie on, for a balanced placement: groups of experts stay on one."""
     tolerances: dict[str, float] = field(default_factory=dict)
     """Output name → largest error allowed there, in place of the dtype's default."""
     seed: int = 0
@@ -102,6 +118,7 @@ class BuildConfig:
             object.__setattr__(self, name, check(name, getattr(self, name)))
         self._check_lowering()
         self._check_weights()
+        self._check_expert_parallel()
         if self.bench and self.max_batch is not None:
             _check_below("bench_batches", self.bench_batches, "max_batch", self.max_batch)
         if self.bench and self.max_sequence is not None:
@@ -141,6 +158,34 @@ class BuildConfig:
             raise UsageError(
                 f"quantized_lowering: {self.quantized_lowering} is for quantised experts; it needs quantize"
             )
+
+    def _check_expert_parallel(self) -> None:
+        """What dividing experts over ranks needs, and what needs ranks."""
+        if self.ep == 1:
+            alone = BuildConfig.__dataclass_fields__
+            for name in ("ep_mode", "ep_overflow", "ep_capacity_factor", "placement", "trace",
+                         "redundant_experts", "ep_nodes"):  # fmt: skip
+                value = getattr(self, name)
+                if value != alone[name].default:
+                    raise UsageError(f"{name}: {value} is for several ranks; it needs ep = 2 or more")
+            return
+        if self.target == "portable":
+            raise UsageError(f"ep: {self.ep} needs a target that runs; portable has no collectives")
+        if self.quantize is not None:
+            raise UsageError(f"quantize: {self.quantize} is for one rank; leave out ep or quantize")
+        if (self.ep_overflow == "error") != (self.ep_capacity_factor is not None):
+            raise UsageError("ep_overflow: error and ep_capacity_factor need each other: give both or none")
+        if self.ep_overflow == "error" and self.ep_mode != "alltoall":
+            raise UsageError("ep_overflow: error is for ep_mode alltoall; allreduce has no blocks")
+        if (self.placement == "balanced") != (self.trace is not None):
+            raise UsageError(
+                "placement: balanced and trace belong together; `moe-export trace MODEL --data FILE --json "
+                "TRACE` writes one"
+            )
+        if self.placement == "contiguous" and (self.redundant_experts or self.ep_nodes > 1):
+            raise UsageError("redundant_experts and ep_nodes need placement balanced")
+        if self.ep % self.ep_nodes:
+            raise UsageError(f"ep_nodes: {self.ep} ranks do not lie evenly on {self.ep_nodes} machines")
 
     def _check_weights(self) -> None:
         """How weights are stored: what does not go together."""
@@ -289,6 +334,30 @@ def _at_least_one(name: str, value: Any) -> Any:
     return value
 
 
+def _at_least_zero(name: str, value: Any) -> Any:
+    _check_int(name, value, 0)
+    return value
+
+
+def _positive_factor(name: str, value: Any) -> Any:
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+        raise UsageError(f"{name}: expected a finite number above 0, got {value!r}")
+    return float(value)
+
+
+def _optional_text(name: str, value: Any) -> Any:
+    if value is not None and (not isinstance(value, str) or not value):
+        raise UsageError(f"{name}: expected a file's name, got {value!r}")
+    return value
+
+
+def _count(name: str, value: Any) -> Any:
+    _check_int(name, value, 1)
+    return value
+
+
 def _check_seed(name: str, value: Any) -> Any:
     _check_int(name, value, 0, MAX_SEED)
     return value
@@ -390,6 +459,13 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "quantize": _one_of(QUANTIZATIONS, optional=True),
     "quantized_lowering": _one_of(QUANTIZED_LOWERINGS),
     "weights": _one_of(WEIGHTS),
+    **dict.fromkeys(("ep", "ep_nodes"), _count),
+    "ep_mode": _one_of(EP_MODES),
+    "ep_overflow": _one_of(EP_OVERFLOWS),
+    "ep_capacity_factor": _positive_factor,
+    "placement": _one_of(PLACEMENTS),
+    "trace": _optional_text,
+    "redundant_experts": _at_least_zero,
     "tolerances": _check_tolerances,
     "seed": _check_seed,
     "bench_baselines": _check_baselines,

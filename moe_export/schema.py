@@ -161,6 +161,51 @@ class TextInfo:
     tokenizer: str | None = None
 
 
+EpMode = Literal["allreduce", "alltoall"]
+EP_MODES: tuple[str, ...] = typing.get_args(EpMode)
+EpOverflow = Literal["exact", "error"]
+EP_OVERFLOWS: tuple[str, ...] = typing.get_args(EpOverflow)
+PlacementKind = Literal["contiguous", "balanced"]
+PLACEMENTS: tuple[str, ...] = typing.get_args(PlacementKind)
+
+
+@dataclass(frozen=True)
+class LayerPlacement:
+    """Where the experts of one MoE layer lie. ``experts[rank]``: the source's expert of each slot of that
+    rank, in the order of its weights. An expert that stands several times has replicas; each has one at
+    least."""
+
+    index: int
+    experts: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class ExpertParallel:
+    """How a bundle is divided over ranks. Rank *r* runs ``rank<r>/`` and holds only its experts; all the rest
+    is in each.
+
+    ``allreduce``: every rank gets all sequences, computes its experts, and one sum over the ranks per MoE
+    layer gives the result. ``alltoall``: sequences are divided over the ranks; per MoE layer tokens go to
+    their experts' ranks and back, in blocks of equal capacity.
+    """
+
+    ranks: int
+    mode: EpMode
+    overflow: EpOverflow = "exact"
+    """Of ``alltoall``, when a block would need more room: ``exact`` makes it as large as it must be,
+    ``error`` ends the run on all ranks."""
+    capacity_factor: float | None = None
+    """Of ``overflow`` ``error``: rows of a block over its share at even load."""
+    placement: PlacementKind = "contiguous"
+    redundant_experts: int = 0
+    """Additional slots per MoE layer that hold replicas of its busiest experts."""
+    layers: tuple[LayerPlacement, ...] = ()
+
+    def folder(self, rank: int) -> str:
+        """Where the files of ``rank`` lie in the bundle."""
+        return f"rank{rank}"
+
+
 @dataclass(frozen=True)
 class Manifest:
     """``manifest.json``."""
@@ -194,7 +239,10 @@ class Manifest:
     """What plans are, or will be, for; empty for targets of the CPU."""
     engines: tuple[EngineFile, ...] = ()
     model_file: str = "model.onnx"
-    """The ONNX model that runs, that plans are built from, and that is simulated."""
+    """The ONNX model that runs, that plans are built from, and that is simulated. Of an expert-parallel
+    bundle: that of rank 0."""
+    expert_parallel: ExpertParallel | None = None
+    """None: one rank has all."""
     files: tuple[FileEntry, ...] = ()
     tools: dict[str, str] = field(default_factory=dict)
     evidence: dict[str, Any] = field(default_factory=dict)
