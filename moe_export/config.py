@@ -4,17 +4,18 @@ file."""
 from __future__ import annotations
 
 import dataclasses
-import math
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moe_export import config_checks as checks
 from moe_export.errors import UsageError, choices_text
+from moe_export.files import sha256_file
 from moe_export.schema import DTYPES, EP_MODES, EP_OVERFLOWS, PLACEMENTS, TASKS
-from moe_export.sms import GPU_TARGETS, check_dtype, check_sms, sms_of
+from moe_export.sms import GPU_TARGETS, check_dtype, check_sms
 
 TARGETS: tuple[str, ...] = ("onnxruntime", "portable", *GPU_TARGETS)
 EXPERT_WEIGHTS: tuple[str, ...] = ("auto", "as-is", "packed")
@@ -38,7 +39,6 @@ BASELINES: tuple[str, ...] = (
 _OPSET_REASONS = {
     23: "ONNX Runtime's RotaryEmbedding of opset 23 is broken for these graphs",
 }
-MAX_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class BuildConfig:
     """What the engine is measured against, of :data:`BASELINES`; None = all."""
 
     def __post_init__(self) -> None:
-        _check_choice("target", self.target, TARGETS)
+        checks.check_choice("target", self.target, TARGETS)
         self._check_gpu()  # before the dtype alone: it says which GPUs have the dtypes that are not written
         for name, check in _CHECKS.items():
             object.__setattr__(self, name, check(name, getattr(self, name)))
@@ -120,9 +120,9 @@ class BuildConfig:
         self._check_weights()
         self._check_expert_parallel()
         if self.bench and self.max_batch is not None:
-            _check_below("bench_batches", self.bench_batches, "max_batch", self.max_batch)
+            checks.check_below("bench_batches", self.bench_batches, "max_batch", self.max_batch)
         if self.bench and self.max_sequence is not None:
-            _check_below("bench_sequences", self.bench_sequences, "max_sequence", self.max_sequence)
+            checks.check_below("bench_sequences", self.bench_sequences, "max_sequence", self.max_sequence)
 
     def _check_gpu(self) -> None:
         """``sm``, and the dtype on each of them."""
@@ -135,7 +135,7 @@ class BuildConfig:
                 )
             return
         if self.sm is not None:
-            _check_list("sm", self.sm, "whole numbers, as in [80, 89]")
+            checks.check_list("sm", self.sm, "whole numbers, as in [80, 89]")
             object.__setattr__(self, "sm", check_sms(self.target, self.sm))
         if isinstance(self.dtype, str):
             check_dtype(self.target, self.dtype, self.sm or (), DTYPES)
@@ -214,8 +214,19 @@ class BuildConfig:
         return ""
 
     def key_fields(self) -> dict[str, Any]:
-        """The fields that decide what a bundle holds, for :func:`moe_export.bundle.cache_key`."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k != "overwrite"}
+        """The fields that decide what a bundle holds, for :func:`moe_export.bundle.cache_key`; of a trace,
+        the hash of its content.
+
+        Raises:
+            UsageError: the trace cannot be read.
+        """
+        values = {k: v for k, v in dataclasses.asdict(self).items() if k != "overwrite"}
+        if self.trace is not None:
+            try:
+                values["trace"] = sha256_file(self.trace)
+            except OSError as error:
+                raise UsageError(f"trace: {self.trace}: {error.strerror}") from error
+        return values
 
 
 _PLACES: dict[str, tuple[str, str]] = {
@@ -293,7 +304,7 @@ def merge(file_values: Mapping[str, Any], flags: Mapping[str, Any]) -> BuildConf
     values = dict(file_values)
     values.update({name: value for name, value in flags.items() if value is not None})
     if flags.get("tolerances") and file_values.get("tolerances"):
-        _check_tolerances("tolerances", flags["tolerances"])
+        checks.tolerances("tolerances", flags["tolerances"])
         values["tolerances"] = {**file_values["tolerances"], **flags["tolerances"]}
     return BuildConfig(**values)
 
@@ -313,161 +324,30 @@ def _place_named(path: Path, name: str | None = None) -> Iterator[None]:
         raise UsageError(f"{path}: {key} in [{table}]: {detail}") from error
 
 
-def _check_bool(name: str, value: object) -> bool:
-    if type(value) is not bool:
-        raise UsageError(f"{name}: expected true or false, got {value!r}")
-    return value
-
-
-def _one_of(choices: Iterable[str], *, optional: bool = False) -> Callable[[str, Any], Any]:
-    def check(name: str, value: Any) -> Any:
-        if value is not None or not optional:
-            _check_choice(name, value, choices)
-        return value
-
-    return check
-
-
-def _at_least_one(name: str, value: Any) -> Any:
-    if value is not None:
-        _check_int(name, value, 1)
-    return value
-
-
-def _at_least_zero(name: str, value: Any) -> Any:
-    _check_int(name, value, 0)
-    return value
-
-
-def _positive_factor(name: str, value: Any) -> Any:
-    if value is None:
-        return None
-    if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
-        raise UsageError(f"{name}: expected a finite number above 0, got {value!r}")
-    return float(value)
-
-
-def _optional_text(name: str, value: Any) -> Any:
-    if value is not None and (not isinstance(value, str) or not value):
-        raise UsageError(f"{name}: expected a file's name, got {value!r}")
-    return value
-
-
-def _count(name: str, value: Any) -> Any:
-    _check_int(name, value, 1)
-    return value
-
-
-def _check_seed(name: str, value: Any) -> Any:
-    _check_int(name, value, 0, MAX_SEED)
-    return value
-
-
-def _check_list(name: str, value: object, what: str) -> None:
-    if not isinstance(value, (list, tuple)):
-        raise UsageError(f"{name}: expected a list of {what}, got {value!r}")
-
-
-def _check_sm(name: str, value: Any) -> Any:
-    if value is not None:
-        _check_list(name, value, "whole numbers, as in [80, 89]")
-        check_sms(max(GPU_TARGETS, key=lambda target: len(sms_of(target))), value)
-    return value
-
-
-def _optional_sizes(name: str, value: Any) -> Any:
-    return None if value is None else _sizes(name, value)
-
-
-def _check_baselines(name: str, value: Any) -> Any:
-    if value is None:
-        return None
-    _check_list(name, value, "names")
-    for item in value:
-        _check_choice(name, item, BASELINES)
-    return tuple(value)
-
-
-def _check_choice(name: str, value: object, choices: Iterable[str]) -> None:
-    if not isinstance(value, str):
-        raise UsageError(f"{name}: expected a text, got {value!r}; {choices_text('', choices)}")
-    if value not in tuple(choices):
-        raise UsageError(f"{name}: unknown value {value!r}; {choices_text(value, choices)}")
-
-
-def _check_int(name: str, value: object, low: int, high: int | None = None) -> None:
-    if type(value) is not int or value < low or (high is not None and value > high):
-        span = f"from {low} to {high}" if high is not None else f"of {low} or more"
-        raise UsageError(f"{name}: expected a whole number {span}, got {value!r}")
-
-
-def _check_opset(name: str, value: Any) -> Any:
-    choices = f"choices: {', '.join(str(o) for o in OPSETS)}"
-    if type(value) is not int:
-        raise UsageError(f"opset: expected a whole number, got {value!r}; {choices}")
-    if value in OPSETS:
-        return value
-    if value in _OPSET_REASONS:
-        reason = _OPSET_REASONS[value]
-    elif value < min(OPSETS):
-        reason = f"the exported operators need opset {min(OPSETS)} or later"
-    else:
-        reason = "this version of moe-export has not been tested with it"
-    raise UsageError(f"opset: {value} is refused: {reason}; {choices}")
-
-
-def _check_tolerances(name: str, value: Any) -> dict[str, float]:
-    if not isinstance(value, Mapping):
-        raise UsageError(f"tolerances: expected a table of output name = largest error, got {value!r}")
-    for output, bound in value.items():
-        if not isinstance(output, str) or not output:
-            raise UsageError(f"tolerances: expected an output name, got {output!r}")
-        if type(bound) not in (int, float) or not math.isfinite(bound) or bound < 0:
-            raise UsageError(f"tolerances: {output!r}: expected a finite number of 0 or more, got {bound!r}")
-    return {output: float(bound) for output, bound in value.items()}
-
-
-def _sizes(name: str, value: object) -> tuple[int, ...]:
-    if not isinstance(value, (list, tuple)) or not value:
-        raise UsageError(f"{name}: expected a list of whole numbers, as in [1, 8], got {value!r}")
-    for item in value:
-        _check_int(name, item, 1)
-    if len(set(value)) != len(value):
-        raise UsageError(f"{name}: {list(value)!r} names a size twice")
-    return tuple(value)
-
-
-def _check_below(name: str, sizes: tuple[int, ...] | None, limit_name: str, limit: int) -> None:
-    if sizes is not None and max(sizes) > limit:
-        raise UsageError(
-            f"{name}: {max(sizes)} is above {limit_name} = {limit}, so the engine would refuse it"
-        )
-
-
-_CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    **dict.fromkeys(("verify", "bench", "overwrite", "trust_remote_code"), _check_bool),
-    **dict.fromkeys(("max_batch", "max_sequence", "threads", "bench_rounds"), _at_least_one),
-    **dict.fromkeys(("bench_batches", "bench_sequences"), _optional_sizes),
-    "target": _one_of(TARGETS),
-    "dtype": _one_of(DTYPES),
-    "task": _one_of(TASKS, optional=True),
-    "opset": _check_opset,
-    "expert_lowering": _one_of(EXPERT_LOWERINGS),
-    "native_lowering": _one_of(NATIVE_LOWERINGS),
-    "expert_weights": _one_of(EXPERT_WEIGHTS),
-    "sm": _check_sm,
-    "quantize": _one_of(QUANTIZATIONS, optional=True),
-    "quantized_lowering": _one_of(QUANTIZED_LOWERINGS),
-    "weights": _one_of(WEIGHTS),
-    **dict.fromkeys(("ep", "ep_nodes"), _count),
-    "ep_mode": _one_of(EP_MODES),
-    "ep_overflow": _one_of(EP_OVERFLOWS),
-    "ep_capacity_factor": _positive_factor,
-    "placement": _one_of(PLACEMENTS),
-    "trace": _optional_text,
-    "redundant_experts": _at_least_zero,
-    "tolerances": _check_tolerances,
-    "seed": _check_seed,
-    "bench_baselines": _check_baselines,
+_CHECKS: dict[str, checks.Check] = {
+    **dict.fromkeys(("verify", "bench", "overwrite", "trust_remote_code"), checks.boolean),
+    **dict.fromkeys(("max_batch", "max_sequence", "threads", "bench_rounds"), checks.optional_count),
+    **dict.fromkeys(("bench_batches", "bench_sequences"), checks.optional_sizes),
+    "target": checks.one_of(TARGETS),
+    "dtype": checks.one_of(DTYPES),
+    "task": checks.one_of(TASKS, optional=True),
+    "opset": checks.opset_of(OPSETS, _OPSET_REASONS),
+    "expert_lowering": checks.one_of(EXPERT_LOWERINGS),
+    "native_lowering": checks.one_of(NATIVE_LOWERINGS),
+    "expert_weights": checks.one_of(EXPERT_WEIGHTS),
+    "sm": checks.optional_sms,
+    "quantize": checks.one_of(QUANTIZATIONS, optional=True),
+    "quantized_lowering": checks.one_of(QUANTIZED_LOWERINGS),
+    "weights": checks.one_of(WEIGHTS),
+    **dict.fromkeys(("ep", "ep_nodes"), checks.count),
+    "ep_mode": checks.one_of(EP_MODES),
+    "ep_overflow": checks.one_of(EP_OVERFLOWS),
+    "ep_capacity_factor": checks.optional_factor,
+    "placement": checks.one_of(PLACEMENTS),
+    "trace": checks.optional_file,
+    "redundant_experts": checks.at_least_zero,
+    "tolerances": checks.tolerances,
+    "seed": checks.seed,
+    "bench_baselines": checks.optional_names(BASELINES),
 }
 """Field → what checks its value by itself and gives it back, tuples in place of lists."""

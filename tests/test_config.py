@@ -24,9 +24,9 @@ def write(folder: Path, text: str) -> Path:
 
 
 def example(number: int = 0) -> str:
-    """One of the page's example files: of a CPU target, of a GPU target."""
+    """One of the page's example files: of a CPU target, of a GPU target, of several ranks."""
     found = re.findall(r"```toml\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(found) == 2
+    assert len(found) == 3
     return str(found[number])
 
 
@@ -103,6 +103,29 @@ def test_defaults() -> None:
         ({"bench_baselines": ["pytorch"]}, "bench_baselines: unknown value 'pytorch'; nearest: pytorch-"),
         ({"bench_baselines": "pytorch-eager"}, "bench_baselines: expected a list of names"),
         ({"bench_rounds": 0}, "bench_rounds: expected a whole number of 1 or more"),
+        ({"ep": 0}, "ep: expected a whole number of 1 or more, got 0"),
+        ({"ep_mode": "alltoal"}, "ep_mode: unknown value 'alltoal'; nearest: alltoall"),
+        ({"ep_mode": "alltoall"}, "ep_mode: alltoall is for several ranks; it needs ep = 2 or more"),
+        ({"redundant_experts": 1}, "redundant_experts: 1 is for several ranks"),
+        ({"ep": 2, "target": "portable"}, "ep: 2 needs a target that runs"),
+        ({"ep": 2, "quantize": "int8"}, "quantize: int8 is for one rank"),
+        ({"ep": 2, "ep_overflow": "error"}, "error and ep_capacity_factor need each other"),
+        ({"ep": 2, "ep_capacity_factor": 2}, "error and ep_capacity_factor need each other"),
+        (
+            {"ep": 2, "ep_overflow": "error", "ep_capacity_factor": 2},
+            "ep_overflow: error is for ep_mode alltoall",
+        ),
+        ({"ep": 2, "ep_capacity_factor": float("nan")}, "ep_capacity_factor: expected a finite number above"),
+        ({"ep": 2, "ep_capacity_factor": 0}, "ep_capacity_factor: expected a finite number above 0, got 0"),
+        ({"ep": 2, "placement": "balanced"}, "placement: balanced and trace belong together"),
+        ({"ep": 2, "trace": "t.json"}, "placement: balanced and trace belong together"),
+        ({"ep": 2, "placement": "balanced", "trace": ""}, "trace: expected a file's name, got ''"),
+        ({"ep": 2, "redundant_experts": 1}, "redundant_experts and ep_nodes need placement balanced"),
+        ({"ep": 2, "redundant_experts": -1}, "redundant_experts: expected a whole number of 0 or more"),
+        (
+            {"ep": 4, "ep_nodes": 3, "placement": "balanced", "trace": "t.json"},
+            "ep_nodes: 4 ranks do not lie evenly on 3 machines",
+        ),
         ({"bench_batches": [1, 9], "max_batch": 8}, "bench_batches: 9 is above max_batch = 8"),
         ({"bench_sequences": [9], "max_sequence": 8}, "bench_sequences: 9 is above max_sequence = 8"),
     ],
@@ -125,6 +148,17 @@ def test_values_are_normalised_and_apart_from_the_callers() -> None:
 def test_key_fields_are_all_but_overwrite() -> None:
     names = {f.name for f in dataclasses.fields(BuildConfig)}
     assert set(BuildConfig().key_fields()) == names - {"overwrite"}
+
+
+def test_key_fields_hold_what_the_trace_says_not_its_name(tmp_path: Path) -> None:
+    def key(name: str) -> Any:
+        return BuildConfig(ep=2, placement="balanced", trace=str(tmp_path / name)).key_fields()["trace"]
+
+    for name, text in (("a", "1"), ("b", "1"), ("c", "2")):
+        (tmp_path / name).write_text(text)
+    assert key("a") == key("b") != key("c")
+    with pytest.raises(UsageError, match="trace: .*none.json: No such file"):
+        key("none.json")
 
 
 def test_file_gives_only_what_it_states(tmp_path: Path) -> None:
@@ -216,7 +250,10 @@ def test_the_pages_example_parses_and_shows_every_key(tmp_path: Path) -> None:
     merge(values, {})
     gpu = load_config_file(write(tmp_path, example(1)))
     assert merge(gpu, {}).sm == (80, 89, 120)
-    assert {*values, *gpu} == {f.name for f in dataclasses.fields(BuildConfig)} - {"trust_remote_code"}
+    ranks = load_config_file(write(tmp_path, example(2)))
+    assert merge(ranks, {}).ep == 4
+    fields = {f.name for f in dataclasses.fields(BuildConfig)}
+    assert {*values, *gpu, *ranks} == fields - {"trust_remote_code"}
 
 
 def test_the_page_documents_every_field_default_and_choice() -> None:
@@ -246,7 +283,7 @@ def test_the_page_documents_every_field_default_and_choice() -> None:
         QUANTIZED_LOWERINGS,
         TARGETS,
     )
-    from moe_export.schema import DTYPES, TASKS
+    from moe_export.schema import DTYPES, EP_MODES, EP_OVERFLOWS, PLACEMENTS, TASKS
 
     for row, choices in (
         ("target", TARGETS),
@@ -257,6 +294,9 @@ def test_the_page_documents_every_field_default_and_choice() -> None:
         ("quantize", QUANTIZATIONS),
         ("quantized_lowering", QUANTIZED_LOWERINGS),
         ("opset", tuple(map(str, OPSETS))),
+        ("ep_mode", EP_MODES),
+        ("ep_overflow", EP_OVERFLOWS),
+        ("placement", PLACEMENTS),
     ):
         assert all(choice in rows[row] for choice in choices), row
 

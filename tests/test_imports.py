@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "moe_export"
 
 # Every part of the package and what stands above it may import. "base" is what stands below all.
-BASE = {"errors", "schema", "progress", "config", "files", "trace", "costs", "sms"}
+BASE = {
+    "errors", "schema", "progress", "config", "config_checks", "files", "trace", "costs", "placement", "sms",
+}  # fmt: skip
 LAYERS = (
     {"ops"},
     {"graph"},

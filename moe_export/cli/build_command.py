@@ -25,7 +25,7 @@ from moe_export.config import (
     load_config_file,
     merge,
 )
-from moe_export.schema import DTYPES, TASKS
+from moe_export.schema import DTYPES, EP_MODES, EP_OVERFLOWS, PLACEMENTS, TASKS
 
 if TYPE_CHECKING:
     from moe_export.bundle import Bundle
@@ -60,6 +60,26 @@ if TYPE_CHECKING:
     "--quantized-lowering", type=click.Choice(QUANTIZED_LOWERINGS),
     help="Op for quantised experts: ONNX Runtime's or the plugin's.  [default: auto, the faster]",
 )  # fmt: skip
+@click.option("--ep", type=click.IntRange(1), help="Ranks that share the experts.  [default: 1]")
+@click.option(
+    "--ep-mode", type=click.Choice(EP_MODES),
+    help="How ranks exchange tokens.  [default: allreduce, which takes every task and batch]",
+)  # fmt: skip
+@click.option(
+    "--ep-overflow", type=click.Choice(EP_OVERFLOWS),
+    help="When a block of an all-to-all is too small: enlarge it, or end with an error.  [default: exact]",
+)  # fmt: skip
+@click.option("--ep-capacity-factor", type=float, help="Rows of such a block over its even share.")
+@click.option(
+    "--placement", type=click.Choice(PLACEMENTS),
+    help="Which rank holds which experts: in order, or balanced by --trace.  [default: contiguous]",
+)  # fmt: skip
+@click.option("--trace", metavar="FILE", help="Expert load as `moe-export trace --json FILE` counted it.")
+@click.option(
+    "--redundant-experts", type=click.IntRange(0),
+    help="Replicas of busy experts per MoE layer, over all ranks.  [default: 0]",
+)  # fmt: skip
+@click.option("--ep-nodes", type=click.IntRange(1), help="Machines that the ranks lie on.  [default: 1]")
 @click.option("--opset", type=int, help="ONNX opset.  [default: 20]")
 @click.option("--threads", type=click.IntRange(1), help="Threads of the engine.  [default: all cores]")
 @click.option("--seed", type=click.IntRange(0), help="Seed of every random input.  [default: 0]")

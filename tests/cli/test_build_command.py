@@ -211,3 +211,22 @@ def test_quantize_reaches_the_configuration(built: dict[str, Any]) -> None:
     assert built["config"].quantize == "int4"
     result = invoke("build", "model", "-o", "out", "-q", "--quantize", "int4", "--target", "portable")
     assert result.exit_code == 2 and "needs target onnxruntime" in result.output
+
+
+def test_expert_parallel_flags_reach_the_configuration(built: dict[str, Any]) -> None:
+    flags = ("--ep", 4, "--ep-mode", "alltoall", "--ep-overflow", "error", "--ep-capacity-factor", 1.5)
+    placed = ("--placement", "balanced", "--trace", "t.json", "--redundant-experts", 2, "--ep-nodes", 2)
+    result = invoke("build", "model", "-o", "out", "-q", *flags, *placed)
+    assert result.exit_code == 0, result.output
+    assert built["config"] == BuildConfig(
+        ep=4,
+        ep_mode="alltoall",
+        ep_overflow="error",
+        ep_capacity_factor=1.5,
+        placement="balanced",
+        trace="t.json",
+        redundant_experts=2,
+        ep_nodes=2,
+    )
+    result = invoke("build", "model", "-o", "out", "-q", "--ep", 2, "--placement", "balanced")
+    assert result.exit_code == 2 and "balanced and trace belong together" in result.output
