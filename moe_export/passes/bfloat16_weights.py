@@ -79,13 +79,24 @@ def _stored(value: ir.Value, tensor: ir.TensorProtocol) -> ir.Value:
     import ml_dtypes
     import onnx_ir as ir
 
+    from ..graph.expert_stacks import ExpertStack
+
     name = f"{value.name}.bfloat16"
-    rounded = ir.LazyTensor(
-        lambda: ir.tensor(tensor.numpy().astype(ml_dtypes.bfloat16)),
-        dtype=ir.DataType.BFLOAT16,
-        shape=ir.Shape(list(value.shape or ())),
-        name=name,
-    )
+    rounded: ir.LazyTensor
+    if isinstance(tensor, ExpertStack):
+        rounded = tensor.each(
+            lambda array: array.astype(ml_dtypes.bfloat16),
+            tensor.shape.numpy()[1:],
+            name,
+            ir.DataType.BFLOAT16,
+        )
+    else:
+        rounded = ir.LazyTensor(
+            lambda: ir.tensor(tensor.numpy().astype(ml_dtypes.bfloat16)),
+            dtype=ir.DataType.BFLOAT16,
+            shape=ir.Shape(list(value.shape or ())),
+            name=name,
+        )
     stored = ir.Value(name=name, const_value=rounded)
     stored.dtype, stored.shape = ir.DataType.BFLOAT16, value.shape
     return stored

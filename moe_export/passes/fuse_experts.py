@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..graph.functions import attach_functions
 from ..ops import DOMAIN, OPS
-from ..ops.packing import pack_down, pack_up
+from ..ops.packing import PANEL_COLUMNS, down_panels, pack_down, pack_up, up_panels
 from ..schema import Alternative, Decision
 from .base import Pass, PassContext
 from .expert_form import ExpertForm, find_form, replace_output
@@ -87,7 +87,8 @@ def _packed_text(before: int, after: int) -> str:
 
 
 class _Packer:
-    """Packs expert weights of one graph; a weight that two layers share is packed once."""
+    """Packs expert weights of one graph when they are written, one expert at a time; a weight that two layers
+    share is packed once."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self._graph = graph
@@ -102,12 +103,23 @@ class _Packer:
         transposed = bool(given["transposed"])
         up, down = found.weights
         bias = found.biases[0]
+        up_depth, up_columns = _sizes(up, transposed)
+        down_depth, down_columns = _sizes(down, transposed)
+        inner = up_columns // 2 if form["gated"] else up_columns
         packed = (
-            self._stored(up, lambda array: pack_up(array, **form, transposed=transposed)),
-            self._stored(down, lambda array: pack_down(array, transposed=transposed)),
+            self._stored(
+                up,
+                lambda matrix: pack_up(matrix[None], **form, transposed=transposed)[0],
+                (up_panels(inner, form["gated"]), up_depth, PANEL_COLUMNS),
+            ),
+            self._stored(
+                down,
+                lambda matrix: pack_down(matrix[None], transposed=transposed)[0],
+                (down_panels(down_columns), down_depth, PANEL_COLUMNS),
+            ),
         )
         if bias is not None and given["gated"] and given["layout"] == "interleaved":
-            bias = self._stored(bias, lambda a: np.concatenate([a[:, 0::2], a[:, 1::2]], axis=1))
+            bias = self._stored(bias, lambda row: np.concatenate([row[0::2], row[1::2]]), (up_columns,))
         attributes = {**given, "packed": 1, "transposed": 0, "layout": "concatenated"}
         return dataclasses.replace(
             found,
@@ -116,15 +128,26 @@ class _Packer:
             attributes=OPS["ExpertMLP"].complete(attributes),
         )
 
-    def _stored(self, value: ir.Value, change: Callable[[Any], Any]) -> ir.Value:
+    def _stored(
+        self, value: ir.Value, change: Callable[[Any], Any], shape: tuple[int, ...]
+    ) -> ir.Value:
         import onnx_ir as ir
+
+        from ..graph.expert_stacks import stack_of
 
         if id(value) not in self._made:
             assert value.const_value is not None
-            name = f"{value.name}.packed"
-            array = change(value.const_value.numpy())
-            tensor = ir.tensor(array, name=name)
-            held = ir.Value(name=name, const_value=tensor, type=value.type, shape=ir.Shape(array.shape))
+            tensor = stack_of(value.const_value).each(change, shape, f"{value.name}.packed")
+            held = ir.Value(
+                name=tensor.name, const_value=tensor, type=value.type, shape=ir.Shape(tensor.shape)
+            )
             self._graph.register_initializer(held)
             self._made[id(value)] = held
         return self._made[id(value)]
+
+
+def _sizes(weight: ir.Value, transposed: bool) -> tuple[int, int]:
+    """Rows in and columns out of each expert's matrix."""
+    assert weight.const_value is not None
+    _, a, b = weight.const_value.shape.numpy()
+    return (a, b) if transposed else (b, a)

@@ -34,8 +34,9 @@ class Unroller:
             rows is not None and weight is not None and offsets is not None and weight.const_value is not None
         )
         transposed = bool(node.attributes["transposed"].as_int())
-        array = weight.const_value.numpy()
-        experts, columns = array.shape[0], array.shape[2 if transposed else 1]
+        shape = weight.const_value.shape.numpy()
+        experts, columns = shape[0], shape[2 if transposed else 1]
+        zeros = np.zeros(1, weight.const_value.dtype.numpy())
         self._tape = []
         sizes = self._part_sizes(offsets, rows, drops)
         count = experts + (2 if drops else 0)
@@ -47,8 +48,8 @@ class Unroller:
                 (product,) = self._add("MatMul", [part, self._matrix(weight, expert, transposed)])
             else:
                 (length,) = self._add("Shape", [part], start=0, end=1)
-                (shape,) = self._add("Concat", [length, self._constant(columns)], axis=0)
-                (product,) = self._add("ConstantOfShape", [shape], value=ir.tensor(np.zeros(1, array.dtype)))
+                (size,) = self._add("Concat", [length, self._constant(columns)], axis=0)
+                (product,) = self._add("ConstantOfShape", [size], value=ir.tensor(zeros))
             product.type = rows.type
             products.append(product)
         joined = self._add("Concat", products, axis=0)[0] if len(products) > 1 else products[0]
@@ -90,33 +91,49 @@ class Unroller:
         return sizes
 
     def _matrix(self, weight: ir.Value, expert: int, transposed: bool) -> ir.Value:
-        """The expert's matrix as [in, out]."""
-        import numpy as np
+        """The expert's matrix as [in, out], made when it is written."""
+        import onnx_ir as ir
+
+        from ..graph.expert_stacks import stack_of
 
         key = id(weight), expert, transposed
         if key not in self._matrices:
             assert weight.const_value is not None
-            matrix = weight.const_value.numpy()[expert]
-            held = np.ascontiguousarray(matrix if transposed else matrix.T)
-            self._matrices[key] = self._stored(f"{weight.name}.{expert}", held)
+            stack = stack_of(weight.const_value)
+            _, a, b = stack.shape.numpy()
+            made = ir.LazyTensor(
+                lambda: ir.tensor(_laid_out(stack.expert(expert), transposed), dtype=stack.dtype),
+                dtype=stack.dtype,
+                shape=ir.Shape((a, b) if transposed else (b, a)),
+            )
+            self._matrices[key] = self._stored(f"{weight.name}.{expert}", made)
         return self._matrices[key]
 
     def _constant(self, number: int) -> ir.Value:
         import numpy as np
+        import onnx_ir as ir
 
         if number not in self._constants:
-            self._constants[number] = self._stored(f"moe.const.{number}", np.asarray([number], np.int64))
+            self._constants[number] = self._stored(
+                f"moe.const.{number}", ir.tensor(np.asarray([number], np.int64))
+            )
         return self._constants[number]
 
-    def _stored(self, name: str, array: Any) -> ir.Value:
+    def _stored(self, name: str, tensor: Any) -> ir.Value:
         """A new initializer; its name is ``name`` or, where that is taken, longer."""
         import onnx_ir as ir
 
         while name in self.graph.initializers:
             name += ".matrix"
-        tensor = ir.tensor(array, name=name)
+        tensor.name = name
         value = ir.Value(
-            name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape)
+            name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape)
         )
         self.graph.register_initializer(value)
         return value
+
+
+def _laid_out(matrix: Any, transposed: bool) -> Any:
+    import numpy as np
+
+    return np.ascontiguousarray(matrix if transposed else matrix.T)
