@@ -17,10 +17,12 @@ Written by `tools/generate_ops_doc.py` from the contracts in `moe_export/ops/`; 
 [Add an op](add-an-op.md) says how a contract is written.
 
 The ops have the ONNX domain `{DOMAIN}`, version {VERSION}. A model that uses them holds their bodies as ONNX
-functions in the standard ops, so it runs in any ONNX runtime.
+functions in the standard ops, so it runs in any ONNX runtime. An op *without a body* is one that standard ops
+cannot do, such as an exchange with other ranks; it runs only where a kernel does it (the CPU plugin does).
 
 Shapes: T tokens, E experts, K experts per token, H hidden, I intermediate, M = T·K assignments; A and B are
-the columns and rows of one expert's matrix.
+the columns and rows of one expert's matrix; R ranks, S slots (places of an expert) per rank, C rows
+of a block.
 
 For all of them:
 
@@ -42,6 +44,9 @@ def page() -> str:
 
 def _section(op: OpContract) -> list[str]:
     parts = [f"## `{op.name}`", "", f"{_cell(op.summary).rstrip('.')}.", ""]
+    if op.body is None:
+        needs = "needs all ranks" if op.collective else "stops a run"
+        parts += [f"Without a body: it {needs}.", ""]
     parts += _params("input", op.inputs) + _params("output", op.outputs)
     if op.attributes:
         parts += _table(
@@ -56,7 +61,7 @@ def _section(op: OpContract) -> list[str]:
             [[dtype, f"{t.max:g}", f"{t.rms:g}", t.reason] for dtype, t in op.tolerance.items()],
         )
     else:
-        parts += ["Integers only: results are equal to the reference.", ""]
+        parts += ["No tolerance: results are equal to the reference.", ""]
     if op.source:
         parts += [f"Source: {_cell(op.source)}.", ""]
     return parts

@@ -59,6 +59,8 @@ def ops(as_json: bool) -> None:
             "inputs": [p.name for p in op.inputs],
             "outputs": [p.name for p in op.outputs],
             "attributes": [a.name for a in op.attributes],
+            "body": op.body is not None,
+            "collective": op.collective,
             "summary": " ".join(op.summary.split()),
         }
         for op in OPS.values()

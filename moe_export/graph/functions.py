@@ -16,7 +16,7 @@ before it inlines the body. They are no attributes of the op and reach no body."
 
 
 def attach_functions(model: ir.Model, opset: int) -> None:
-    """Put the body of every op that the graph uses into the model's functions.
+    """Put the body of every op that the graph uses and that has one into the model's functions.
 
     Raises:
         ExportError: two nodes of one op differ in a structural attribute (one body cannot serve both).
@@ -24,6 +24,7 @@ def attach_functions(model: ir.Model, opset: int) -> None:
     import onnx_ir as ir
 
     needed: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    ours = False
 
     def need(name: str, attributes: dict[str, Any]) -> None:
         full = OPS[name].complete(attributes)
@@ -39,6 +40,9 @@ def attach_functions(model: ir.Model, opset: int) -> None:
             for key, value in full.items():
                 if key not in node.attributes:
                     node.attributes[key] = ir.convenience.convert_attribute(key, value)
+            if OPS[node.op_type].body is None:
+                ours = True
+                continue
             need(node.op_type, full)
             if node.op_type == "ExpertMLP":
                 need("Dispatch", {"num_experts": full["num_experts"]})
@@ -54,5 +58,5 @@ def attach_functions(model: ir.Model, opset: int) -> None:
         if name in needed:
             function = ir.from_proto(OPS[name].function(needed[name][1], opset))
             model.functions[function.identifier()] = function
-    if needed:
+    if needed or ours:
         model.graph.opset_imports[DOMAIN] = VERSION

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..errors import UsageError, choices_text
+from .collectives import ALL_REDUCE, ALL_TO_ALL, CHECK_CAPACITY
 from .combine import COMBINE
 from .contract import DOMAIN, VERSION, Attribute, OpContract, Param, Tolerance
 from .dispatch import DISPATCH
@@ -10,11 +11,15 @@ from .expert_matmul import EXPERT_MATMUL
 from .expert_mlp import EXPERT_MLP
 from .grouped_matmul import GROUPED_MATMUL
 from .quantized_expert_mlp import QUANTIZED_EXPERT_MLP
+from .rank_routing import EXPERT_SLOTS, RANK_COMBINE, RANK_DISPATCH, RANK_LOAD
 from .router import ROUTER
 
 OPS: dict[str, OpContract] = {
     op.name: op
-    for op in (ROUTER, DISPATCH, GROUPED_MATMUL, EXPERT_MATMUL, COMBINE, EXPERT_MLP, QUANTIZED_EXPERT_MLP)
+    for op in (
+        *(ROUTER, DISPATCH, GROUPED_MATMUL, EXPERT_MATMUL, COMBINE, EXPERT_MLP, QUANTIZED_EXPERT_MLP),
+        *(EXPERT_SLOTS, RANK_LOAD, RANK_DISPATCH, RANK_COMBINE, ALL_REDUCE, ALL_TO_ALL, CHECK_CAPACITY),
+    )
 }
 """Every op by name."""
 

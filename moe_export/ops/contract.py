@@ -91,8 +91,10 @@ class OpContract:
     """One op of the ``moe_export`` domain.
 
     ``reference`` takes and returns numpy arrays (float64 inside). ``body`` returns the ONNX function body as
-    text in ONNX's own syntax for given attributes and opset; it runs in any runtime. ``conflict`` says why
-    complete attributes do not go together; empty when they do.
+    text in ONNX's own syntax for given attributes and opset; it runs in any runtime. None: the op has no
+    meaning that standard ops could give it, so only a kernel runs it. ``collective``: the op needs all ranks;
+    its reference takes and returns one array per rank. ``tolerance`` is empty where results equal the
+    reference. ``conflict`` says why complete attributes do not go together; empty when they do.
     """
 
     name: str
@@ -101,10 +103,15 @@ class OpContract:
     outputs: tuple[Param, ...]
     attributes: tuple[Attribute, ...]
     reference: Callable[..., Any]
-    body: Callable[[Mapping[str, Any], int], str]
+    body: Callable[[Mapping[str, Any], int], str] | None
     tolerance: Mapping[str, Tolerance] = field(default_factory=dict)
     source: str = ""
     conflict: Callable[[Mapping[str, Any]], str] = field(default=lambda _attributes: "")
+    collective: bool = False
+
+    def __post_init__(self) -> None:
+        if self.collective and self.body is not None:
+            raise UsageError(f"{self.name}: a collective has no body; it would run without the other ranks")
 
     def complete(self, attributes: Mapping[str, Any]) -> dict[str, Any]:
         """All attributes, defaults filled in and values checked.
@@ -132,9 +139,15 @@ class OpContract:
         return tuple(full[a.name] for a in self.attributes if a.structural)
 
     def function(self, attributes: Mapping[str, Any], opset: int) -> onnx.FunctionProto:
-        """The ONNX function: numeric attributes stay references, structural ones are built in."""
+        """The ONNX function: numeric attributes stay references, structural ones are built in.
+
+        Raises:
+            UsageError: the op has no body, or the attributes are wrong.
+        """
         import onnx.parser
 
+        if self.body is None:
+            raise UsageError(f"{self.name} has no ONNX body: only a kernel runs it")
         full = self.complete(attributes)
         names = ", ".join(a.name for a in self.attributes)
         declared = f"<{names}>" if names else ""

@@ -180,3 +180,33 @@ def quantized_inputs(
         "up_bias": randoms(dtype, experts, wide, seed=3) if biased else None,
         "down_bias": randoms(dtype, experts, width, seed=4) if biased else None,
     }
+
+
+def rank_slots() -> Iterator[tuple[NDArray[np.int32], int, int]]:
+    """Slots [T, K], ranks and slots per rank: spread, no token, one token, all on one rank, none at all."""
+    sizes = ((0, 2, 2, 3), (1, 1, 1, 1), (7, 2, 4, 2), (9, 4, 2, 4), (12, 3, 5, 3), (5, 1, 3, 1))
+    for tokens, top_k, ranks, per_rank in sizes:
+        rng = np.random.default_rng([tokens, top_k, ranks, per_rank])
+        yield rng.integers(-1, ranks * per_rank, (tokens, top_k)).astype(np.int32), ranks, per_rank
+    yield np.full((6, 2), 3, np.int32), 4, 2
+    yield np.full((6, 2), -1, np.int32), 4, 2
+
+
+def slot_tables() -> Iterator[dict[str, Any]]:
+    """Inputs of ExpertSlots: dropped ids, experts that lie nowhere, one to three replica choices."""
+    for tokens, top_k, experts, choices in ((0, 2, 4, 1), (1, 1, 1, 1), (7, 2, 4, 3), (5, 4, 6, 2)):
+        rng = np.random.default_rng([tokens, top_k, experts])
+        yield {
+            "expert_ids": rng.integers(-2, experts, (tokens, top_k)).astype(np.int32),
+            "table": rng.integers(-1, 9, (experts, choices)).astype(np.int32),
+        }
+
+
+def rank_dispatch_inputs(slots: NDArray[np.int32], capacity: int, dtype: str) -> dict[str, Any]:
+    """Inputs of RankDispatch, H = 6."""
+    return {
+        "hidden": randoms(dtype, len(slots), 6),
+        "slots": slots,
+        "weights": randoms("float32", *slots.shape, seed=3),
+        "capacity": np.array([capacity], np.int64),
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from pathlib import Path
 
@@ -23,7 +24,15 @@ SMALLEST = {
     "Combine": {},
     "ExpertMLP": {"num_experts": 4},
     "QuantizedExpertMLP": {"num_experts": 4},
+    "ExpertSlots": {},
+    "RankLoad": {"ranks": 2, "slots_per_rank": 3},
+    "RankDispatch": {"ranks": 2, "slots_per_rank": 3},
+    "RankCombine": {},
+    "AllReduce": {"ranks": 2},
+    "AllToAll": {"ranks": 2},
+    "CheckCapacity": {},
 }
+WITH_BODY = [name for name, op in OPS.items() if op.body is not None]
 
 
 def required_dtypes(name: str) -> dict[str, str]:
@@ -31,7 +40,7 @@ def required_dtypes(name: str) -> dict[str, str]:
 
 
 def test_unknown_op_lists_the_choices() -> None:
-    with pytest.raises(UsageError, match="unknown op 'Routr'; nearest: Router.*choices: Combine, Dispatch"):
+    with pytest.raises(UsageError, match="unknown op 'Routr'; nearest: Router.*choices: AllReduce, AllTo"):
         get_op("Routr")
 
 
@@ -87,9 +96,10 @@ def test_variants_are_equal_exactly_when_one_body_serves_both() -> None:
     assert base == router.variant({"top_k": 4, "scale": 2.5, "layer": "x"})
     for change in ({"score": "sigmoid"}, {"renormalize": 1}, {"n_group": 2}, {"biased": 1}, {"capacity": 3}):
         assert router.variant({"top_k": 2, **change}) != base
-    for op in OPS.values():
+    for op in (OPS[name] for name in WITH_BODY):
         for attribute in op.attributes:
             if not attribute.structural and attribute.kind is not str:
+                assert op.body is not None
                 text = op.body(op.complete(SMALLEST[op.name]), 20)
                 assert (
                     attribute.name in ("drops",)
@@ -108,7 +118,8 @@ def _elsewhere(op: str, attribute: str) -> bool:
         ("QuantizedExpertMLP", "alpha"): {"activation": "clamped_swiglu"},
         ("QuantizedExpertMLP", "limit"): {"activation": "clamped_swiglu"},
     }[op, attribute]
-    return f"@{attribute}" in OPS[op].body(OPS[op].complete({**SMALLEST[op], **with_it}), 20)
+    body = OPS[op].body
+    return body is not None and f"@{attribute}" in body(OPS[op].complete({**SMALLEST[op], **with_it}), 20)
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -137,7 +148,7 @@ def test_a_model_of_the_op_is_valid_and_readable(name: str, opset: int, tmp_path
     assert declared == {"": opset, DOMAIN: VERSION}
     assert {node.domain for node in model.graph.node} == {DOMAIN}
     defined = {(f.domain, f.name) for f in model.functions}
-    assert defined == {(DOMAIN, n) for n in (name, *INNER.get(name, ()))}
+    assert defined == {(DOMAIN, n) for n in (name, *INNER.get(name, ())) if n in WITH_BODY}
     for function in model.functions:
         assert function.doc_string
         imported = {o.domain for o in function.opset_import}
@@ -169,11 +180,22 @@ def test_the_checker_refuses_a_node_without_its_required_attribute() -> None:
         onnx.checker.check_model(model)
 
 
+def test_what_needs_other_ranks_or_fails_the_run_has_no_body() -> None:
+    assert set(OPS) - set(WITH_BODY) == {"AllReduce", "AllToAll", "CheckCapacity"}
+    assert {name for name, op in OPS.items() if op.collective} == {"AllReduce", "AllToAll"}
+    with pytest.raises(UsageError, match="AllReduce has no ONNX body: only a kernel runs it"):
+        OPS["AllReduce"].function({"ranks": 2}, 20)
+    with pytest.raises(UsageError, match="Combine: a collective has no body"):
+        dataclasses.replace(OPS["Combine"], collective=True)
+
+
 @pytest.mark.parametrize("name", [n for n, op in OPS.items() if op.tolerance])
 def test_tolerances_are_ordered_and_reasoned(name: str) -> None:
     bounds = OPS[name].tolerance
-    assert set(bounds) == {"float32", "float16", "bfloat16"}
+    floats = {t for p in OPS[name].outputs for t in p.dtypes} & {"float32", "float16", "bfloat16"}
+    assert floats <= set(bounds) <= {"float32", "float16", "bfloat16"}
     for bound in bounds.values():
         assert 0 < bound.rms < bound.max < 0.1
         assert bound.reason
-    assert bounds["float32"].max <= bounds["float16"].max <= bounds["bfloat16"].max
+    largest = [bounds[dtype].max for dtype in ("float32", "float16", "bfloat16") if dtype in bounds]
+    assert largest == sorted(largest)
