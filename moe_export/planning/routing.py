@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from moe_export.costs import Popularity
-from moe_export.errors import UsageError
 from moe_export.inspect.architecture import Architecture
+from moe_export.placement import read_load_trace
 
 
 @dataclass(frozen=True)
@@ -59,34 +58,7 @@ def read_trace(path: Path, arch: Architecture, name: str) -> Routing:
     Raises:
         UsageError: not such a file, or the trace of a model with other layers or experts.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not valid JSON: {error}") from error
-    wanted = "expected the JSON that moe-export trace --json FILE writes"
-    if not isinstance(values, dict) or not isinstance(values.get("layers"), list):
-        raise UsageError(f"{path}: no list 'layers'; {wanted}")
-    tokens = values.get("tokens")
-    if type(tokens) is not int or tokens < 1:
-        raise UsageError(f"{path}: 'tokens' is {tokens!r}; {wanted}")
-    layers = values["layers"]
-    if len(layers) != len(arch.moe_layers):
-        raise UsageError(
-            f"{path}: the trace of another model: it has {len(layers)} MoE layers, {name} has "
-            f"{len(arch.moe_layers)}"
-        )
-    found = []
-    for index, (layer, moe) in enumerate(zip(layers, arch.moe_layers, strict=True)):
-        counts = layer.get("counts") if isinstance(layer, dict) else None
-        if not isinstance(counts, list) or not all(type(c) is int and c >= 0 for c in counts):
-            raise UsageError(f"{path}: layer {index} has no list 'counts' of whole numbers; {wanted}")
-        chosen = sum(counts) + int(layer.get("dropped") or 0)
-        if len(counts) != moe.experts or chosen != tokens * moe.top_k:
-            raise UsageError(
-                f"{path}: the trace of another model: layer {index} chose {chosen / tokens:.3g} of "
-                f"{len(counts)} experts per token, {name} chooses {moe.top_k} of {moe.experts}"
-            )
-        found.append(Popularity.from_counts(counts, tokens))
-    return Routing("trace", tuple(found), (("file", path.name), ("tokens", tokens)))
+    trace = read_load_trace(path)
+    trace.check_model([(moe.experts, moe.top_k) for moe in arch.moe_layers], name)
+    found = tuple(Popularity.from_counts(counts, trace.tokens) for counts in trace.counts)
+    return Routing("trace", found, (("file", path.name), ("tokens", trace.tokens)))
