@@ -209,6 +209,7 @@ def _write_engine(
     progress: Progress,
 ) -> Manifest:
     from .backends import get_backend
+    from .expert_parallel import divide
     from .importer.export import export_model
     from .inspect import count_parameters, find_expert_blocks
     from .verify.gpu_targets import require_covered_inputs
@@ -220,6 +221,7 @@ def _write_engine(
     exported = export_model(loaded, dtype=config.dtype, opset=config.opset, progress=progress)
     if config.target in GPU_TARGETS and config.verify:
         require_covered_inputs(exported, config, limits)
+    divided, placing = divide(config, loaded.task, exported.io, exported.moe_layers)
     known = limits.max_batch is not None and limits.max_sequence is not None
     max_tokens = (limits.max_batch or 0) * (limits.max_sequence or 0) if known else None
     with progress.stage(f"lower for {config.target}"):
@@ -236,6 +238,7 @@ def _write_engine(
                 "max_batch": limits.max_batch,
                 "max_sequence": limits.max_sequence,
                 "max_tokens": max_tokens,
+                "expert_parallel": divided,
                 **environment,
             },
         )
@@ -257,13 +260,15 @@ def _write_engine(
         io=lowered.io,
         limits=limits,
         moe_layers=lowered.moe_layers,
-        decisions=lowered.decisions,
+        decisions=(*placing, *lowered.decisions),
         notes=lowered.notes,
         cache=lowered.cache,
         rows_apart=lowered.rows_apart,
         state=lowered.plans.state,
         sm=lowered.plans.sm,
         engines=lowered.plans.engines,
+        model_file="model.onnx" if divided is None else f"{divided.folder(0)}/model.onnx",
+        expert_parallel=divided,
         quantization=config.quantize if lowered.quantized_layers else None,
         text=text,
         parameters={k: int(v) for k, v in parameters.items() if v is not None},

@@ -145,6 +145,8 @@ class EngineFile:
     activation_bytes: int
     """For the largest shapes of the profiles."""
     build_seconds: float
+    rank: int = 0
+    """Of an expert-parallel bundle: whose plan it is."""
     fewer_profiles: str = ""
     """Why the plan has not all profiles that were asked for, in TensorRT's words; empty: it has them."""
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ..passes.base import PassContext
 from ..passes.pipelines import run_pipeline
-from ..schema import Decision, EngineFile, ModelIO, MoELayer
+from ..schema import Decision, EngineFile, ExpertParallel, ModelIO, MoELayer
 from .weight_files import place_weights
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from ..importer.export import ExportedModel
 
 MODEL_FILE = "model.onnx"
@@ -72,18 +75,34 @@ class Backend(ABC):
 
     def build(self, exported: ExportedModel, folder: Path, options: Mapping[str, Any]) -> Lowered:
         """Lower ``exported`` with the target's pipeline and write ``model.onnx`` and its weights into
-        ``folder``.
+        ``folder``; of an expert-parallel model (``options["expert_parallel"]``), those of each rank into a
+        folder of its own, one after the other.
 
         Raises:
             ExportError: a pass broke the graph. OSError: the folder cannot be written.
         """
+        plan: ExpertParallel | None = options.get("expert_parallel")
+        if plan is None:
+            return self._build_one(exported, exported.model, folder, options)
+        ranks = []
+        for rank in range(plan.ranks):
+            own = folder / plan.folder(rank)
+            own.mkdir()
+            # A rank's graph is made from a copy, whose weights are the original's until they are sliced.
+            model = exported.model.clone()
+            ranks.append(self._build_one(exported, model, own, {**options, "rank": rank}))
+        return _all_ranks(plan, ranks)
+
+    def _build_one(
+        self, exported: ExportedModel, model: ir.Model, folder: Path, options: Mapping[str, Any]
+    ) -> Lowered:
         context = PassContext(
-            exported.model,
+            model,
             exported.io,
             exported.moe_layers,
             exported.dtype,
             exported.opset,
-            self._options(options),
+            {**self._options(options), "target": self.name},
             list(exported.decisions),
             list(exported.notes),
             float32_weights=exported.float32_weights,
@@ -128,6 +147,23 @@ class Backend(ABC):
     @abstractmethod
     def _write(self, context: PassContext, folder: Path) -> Plans | None:
         """Write the lowered model; returns what was compiled from it, if anything."""
+
+
+def _all_ranks(plan: ExpertParallel, ranks: Sequence[Lowered]) -> Lowered:
+    """What the ranks' graphs are together. They differ in the experts that they hold, so decisions and notes
+    are those of rank 0."""
+    engines = tuple(
+        dataclasses.replace(engine, file=f"{plan.folder(rank)}/{engine.file}", rank=rank)
+        for rank, lowered in enumerate(ranks)
+        for engine in lowered.plans.engines
+    )
+    first = ranks[0]
+    ready = all(lowered.plans.state == "ready" for lowered in ranks)
+    plans = dataclasses.replace(
+        first.plans, engines=engines, state="ready" if ready else "needs-gpu-build"
+    )
+    notes = (*first.notes, "decisions are those of rank 0; the other ranks differ in the experts they hold")
+    return dataclasses.replace(first, plans=plans, notes=notes)
 
 
 def write_onnx(context: PassContext, folder: Path) -> None:

@@ -9,6 +9,7 @@ from .bfloat16_products import BFloat16Products
 from .bfloat16_weights import BFloat16Weights
 from .cached_attention import CachedAttention
 from .causal_masks import CausalMasks
+from .divide_experts import DivideExperts
 from .expert_matrices import ExpertMatrices
 from .fuse_experts import FuseExperts
 from .inline_bodies import InlineBodies
@@ -22,6 +23,7 @@ from .unroll_experts import UnrollExperts
 
 _TENSORRT: tuple[type[Pass], ...] = (
     AttachRouter,
+    DivideExperts,
     PluginExperts,
     NativeExperts,
     InlineBodies,
@@ -39,6 +41,7 @@ PIPELINES: dict[str, tuple[type[Pass], ...]] = {
         SplitMixedNorms,
         CausalMasks,
         MergeReshapes,
+        DivideExperts,
         QuantizeExperts,
         FuseExperts,
         UnrollExperts,

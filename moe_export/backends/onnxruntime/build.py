@@ -32,6 +32,8 @@ class OnnxRuntimeBackend(Backend):
         """
         wanted = options.get("expert_lowering", "auto")
         problem = cpu_plugin_problem()
+        if options.get("expert_parallel") is not None and problem:
+            raise EnvironmentLacksError(f"ep needs the CPU plugin, which exchanges between ranks: {problem}")
         if wanted == "fused" and problem:
             raise EnvironmentLacksError(f"expert_lowering fused needs the CPU plugin: {problem}")
         if options.get("expert_weights") == "packed" and problem:
