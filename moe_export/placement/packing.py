@@ -79,10 +79,10 @@ class _Packing:
                     worst = max(taken, self.total[to] + self.load[other])
                     best = min(best or (np.inf, 0, 0, 0), (float(worst), int(rank), place, int(to)))
         assert best is not None  # by the argument above
-        _, rank, place, to = best
-        other = int(self.slot[rank, place])
-        self._replace(rank, place, expert)
-        self._put(to, other)
+        _, source, at, target = best
+        given = int(self.slot[source, at])
+        self._replace(source, at, expert)
+        self._put(target, given)
 
     def _replace(self, rank: int, place: int, expert: int) -> None:
         """Slot ``place`` of ``rank`` holds ``expert`` (or nothing) from now on."""

@@ -174,7 +174,7 @@ def test_real_build_then_the_other_commands(source: Path, tmp_path: Path) -> Non
     assert [of_source["parameters"][n] for n in public] == [of_bundle["parameters"][n] for n in public]
     sample = "some text to route " * 3
     usages = [
-        json.loads(invoke("trace", p, "--text", "-", "--json", "-", "-q", input=sample).stdout)
+        json.loads(invoke("trace", p, "--data", "-", "--json", "-", "-q", input=sample).stdout)
         for p in (source, out)
     ]
     assert [u["counts"] for u in usages[0]["layers"]] == [u["counts"] for u in usages[1]["layers"]]

@@ -154,13 +154,15 @@ def test_damaged_bundle(tmp_path: Path) -> None:
 def test_trace_of_a_bundle(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
     result = invoke(
-        "trace", bundle, "--text", tmp_path / "text.txt", "--json", tmp_path / "u.json",
+        "trace", bundle, "--data", tmp_path / "text.txt", "--json", tmp_path / "u.json",
         "--plot", tmp_path / "u.svg", "--window", 10,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     usage = json.loads((tmp_path / "u.json").read_text())
     assert usage["tokens"] == len(TEXT.encode())
-    assert result.stdout.startswith(f"{usage['tokens']} tokens\n")
+    windows = len(TEXT.encode()) // 10
+    assert (usage["window"], usage["windows"]) == (10, windows)
+    assert result.stdout.startswith(f"{usage['tokens']} tokens; p50, p95, max: of max/mean over {windows} ")
     assert "<svg" in (tmp_path / "u.svg").read_text()
 
     counts = np.zeros((2, 4), int)
@@ -174,19 +176,19 @@ def test_trace_of_a_bundle(bundle: Path, tmp_path: Path) -> None:
     assert [layer["counts"] for layer in usage["layers"]] == counts.tolist()
     assert all(sum(layer["counts"]) == 2 * usage["tokens"] for layer in usage["layers"])
 
-    piped = invoke("trace", bundle, "--text", "-", "--json", "-", "--window", 10, "-q", input=TEXT)
+    piped = invoke("trace", bundle, "--data", "-", "--json", "-", "--window", 10, "-q", input=TEXT)
     assert json.loads(piped.stdout) == usage
-    few = invoke("trace", bundle, "--text", "-", "--json", "-", "--max-tokens", 7, "-q", input=TEXT)
+    few = invoke("trace", bundle, "--data", "-", "--json", "-", "--max-tokens", 7, "-q", input=TEXT)
     assert json.loads(few.stdout)["tokens"] == 7
 
 
 @pytest.mark.parametrize(
     ("args", "text", "message"),
     [
-        (["--text", "-"], "", "the text is empty"),
-        (["--text", "no-such-file"], "", "no-such-file: No such file"),
-        (["--text", "-", "--plot", "u.gif"], "abc", ".png, .svg"),
-        (["--text", "-", "--window", "0"], "abc", "0 is not in the range"),
+        (["--data", "-"], "", "the text is empty"),
+        (["--data", "no-such-file"], "", "no-such-file: No such file"),
+        (["--data", "-", "--plot", "u.gif"], "abc", ".png, .svg"),
+        (["--data", "-", "--window", "0"], "abc", "0 is not in the range"),
     ],
 )
 def test_wrong_use_of_trace(bundle: Path, args: list[str], text: str, message: str) -> None:
@@ -196,7 +198,7 @@ def test_wrong_use_of_trace(bundle: Path, args: list[str], text: str, message: s
 
 
 def test_trace_needs_a_tokenizer(wordless: Path) -> None:
-    result = invoke("trace", wordless, "--text", "-", "-q", input="abc")
+    result = invoke("trace", wordless, "--data", "-", "-q", input="abc")
     assert result.exit_code == 2
     assert "no tokenizer.json" in result.stderr
 
@@ -233,13 +235,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_trace_of_a_source_model(source: Path) -> None:
     text = "plain ascii " * 4
-    result = invoke("trace", source, "--text", "-", "--json", "-", "--window", 16, "-q", input=text)
+    result = invoke("trace", source, "--data", "-", "--json", "-", "--window", 16, "-q", input=text)
     assert result.exit_code == 0, result.output
     usage = json.loads(result.stdout)
     assert usage["tokens"] == len(text)
     assert [layer["name"] for layer in usage["layers"]] == [f"model.layers.{i}.mlp.experts" for i in (0, 1)]
     assert all(sum(layer["counts"]) == 2 * len(text) for layer in usage["layers"])
     (source / "tokenizer.json").unlink()
-    refused = invoke("trace", source, "--text", "-", "-q", input=text)
+    refused = invoke("trace", source, "--data", "-", "-q", input=text)
     assert refused.exit_code == 2
     assert "no tokenizer.json" in refused.stderr

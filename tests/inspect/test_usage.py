@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_export.errors import InputError, UsageError
-from moe_export.inspect.usage import LayerUsage, count_usage, plot_usage
+from moe_export.inspect.usage import LayerUsage, Spread, count_usage, plot_usage, spread
 from moe_export.trace import LayerTrace
 
 
@@ -22,7 +22,8 @@ def _trace(ids: list[list[int]], index: int = 0, weight: float = 0.5) -> LayerTr
 
 
 def _usage(counts: list[int]) -> LayerUsage:
-    return LayerUsage(0, "l", np.array(counts, np.int64), np.array(counts, np.float64), 0)
+    array = np.array(counts, np.int64)
+    return LayerUsage(0, "l", array, array.astype(np.float64), 0, array[None].astype(np.int32))
 
 
 def test_counts_add_up_over_runs() -> None:
@@ -39,6 +40,24 @@ def test_counts_add_up_over_runs() -> None:
     assert second.counts.tolist() == [1, 0, 0, 2, 0]
     assert (second.index, second.name) == (1, "layers.1")
     json.dumps(usage.to_dict(), allow_nan=False)
+    assert (usage.window, usage.windows) == (2, 1)  # the shorter run is no window of full length
+
+
+def test_load_by_window() -> None:
+    runs = [(_trace([[0, 1], [0, 2]]),), (_trace([[0, 3], [3, 0]]),), (_trace([[1, 2], [-1, -1]]),)]
+    usage = count_usage([*runs, (_trace([[3, 2]]),)], (4,))
+    (layer,) = usage.layers
+    assert layer.counts.tolist() == [4, 2, 3, 3]
+    assert (usage.tokens, usage.window, usage.windows) == (7, 2, 3)
+    assert layer.windows.tolist() == [[2, 1, 1, 0], [2, 0, 0, 2], [0, 1, 1, 0]]
+    mean, deviation = layer.shares()
+    assert mean == pytest.approx([1 / 3, 0.25, 0.25, 1 / 6])
+    assert deviation[0] == pytest.approx(np.std([0.5, 0.5, 0.0]))
+    assert layer.by_window.p50 == layer.by_window.max == 2.0
+    told = usage.to_dict()["layers"][0]["by_window"]
+    assert told["share_mean"] == [0.333333, 0.25, 0.25, 0.166667]
+    assert told["max_over_mean"] == {"p50": 2.0, "p95": 2.0, "max": 2.0}
+    assert spread(np.array([[0, 0], [3, 1], [1, 1]])) == Spread(1.0, pytest.approx(1.45), 1.5)
 
 
 @pytest.mark.parametrize(
