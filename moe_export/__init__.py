@@ -1,8 +1,8 @@
 """Compiler from PyTorch mixture-of-experts models to verified ONNX engines.
 
-``export``, ``build``, ``verify``, ``bench`` and ``load`` are what the commands of the same names call. They
-and the adapter helpers (``register_moe_block``, ``moe_block``, ``MoEBlockSpec``) are imported on first use,
-so that ``import moe_export`` stays fast and needs no torch.
+``export``, ``build``, ``verify``, ``bench``, ``package`` and ``load`` are what the commands of the same names
+call. They and the adapter helpers (``register_moe_block``, ``moe_block``, ``MoEBlockSpec``) are imported on
+first use, so that ``import moe_export`` stays fast and needs no torch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from moe_export.api import build, export
     from moe_export.bench import bench_bundle as bench
     from moe_export.models.adapters import MoEBlockSpec, moe_block, register_moe_block
+    from moe_export.package import package_bundle as package
     from moe_export.runtime.session import load
     from moe_export.verify import verify_bundle as verify
 
@@ -29,6 +30,7 @@ __all__ = [
     "export",
     "load",
     "moe_block",
+    "package",
     "register_moe_block",
     "verify",
 ]
@@ -41,11 +43,12 @@ _LAZY = {
     "moe_block": "moe_export.models.adapters",
     "MoEBlockSpec": "moe_export.models.adapters",
 }
-_CALLABLE = {"verify": "verify_bundle", "bench": "bench_bundle"}
+_CALLABLE = {"verify": "verify_bundle", "bench": "bench_bundle", "package": "package_bundle"}
 
 
 class _CallablePackage(ModuleType):
-    """``moe_export.verify`` is a package and, when called, its ``verify_bundle``; ``bench`` likewise."""
+    """``moe_export.verify`` is a package and, when called, its ``verify_bundle``; so are ``bench`` and
+    ``package``."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         function = _CALLABLE[self.__name__.rpartition(".")[2]]

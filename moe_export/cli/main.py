@@ -17,9 +17,13 @@ from typing import Any, NoReturn
 
 import click
 
-from moe_export.errors import EnvironmentLacksError, MoeExportError, choices_text
+from moe_export.cli.ranks import refuse_other_command
+from moe_export.errors import EnvironmentLacksError, MoeExportError, UsageError, choices_text
+from moe_export.runtime.launch import launched
 
-COMMANDS = ("build", "export", "verify", "bench", "run", "inspect", "plan", "trace", "list", "doctor")
+COMMANDS = (
+    "build", "export", "verify", "bench", "run", "package", "inspect", "plan", "trace", "list", "doctor",
+)  # fmt: skip
 """Subcommands in the order the help shows them; each is ``command`` of ``moe_export.cli.<name>_command``."""
 
 EXIT_INTERNAL = 70
@@ -49,6 +53,9 @@ class MainGroup(click.Group):
         name = args[0] if args else ""
         if name and not name.startswith("-") and name not in COMMANDS:
             ctx.fail(f"no command {name!r}; {choices_text(name, COMMANDS)}")
+        refusal = refuse_other_command(name)
+        if refusal:
+            raise UsageError(refusal)
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -121,6 +128,8 @@ def run_guarded(call: Callable[[], Any], debug: bool = False) -> int:
 def _fail(message: str, code: int, debug: bool, prefix: str = "error: ") -> int:
     if debug:
         traceback.print_exc()
+    if launched().rank:
+        return code  # Rank 0 prints what all ranks have in common; a rank's own failure ends all and is said.
     click.echo(prefix + " ".join(message.splitlines()) if prefix else message, err=True)
     return code
 
@@ -167,4 +176,6 @@ def run() -> None:
     # transformers draws bars and prints warnings of its own; what matters is raised or noted by moe-export.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if launched().rank:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the process ends
     cli()
