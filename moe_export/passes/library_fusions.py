@@ -7,7 +7,9 @@ from ..graph.functions import attach_functions
 from ..graph.moe_values import rename_moe_values
 from ..schema import Decision
 from .base import Pass, PassContext
+from .fusion_steps import steps_replaced
 from .mixed_norms import bias_kept
+from .sibling_products import pack_sibling_products
 
 
 class LibraryFusions(Pass):
@@ -29,7 +31,8 @@ class LibraryFusions(Pass):
         count = len(list(context.model.graph))
         # The fusions inline every function they find: our ops' bodies are put back afterwards.
         context.model.functions.clear()
-        with exact_rewrites(), bias_kept():
+        own_packing = steps_replaced({"_pack_sibling_matmuls": pack_sibling_products})
+        with exact_rewrites(), bias_kept(), own_packing:
             fuse_for_onnxruntime(context.model, "cpu")
         attach_functions(context.model, context.opset)
         rename_moe_values(context.model, context.layers)

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from ..errors import EnvironmentLacksError
 from ..schema import Decision
 from .base import Pass, PassContext
+from .fusion_steps import steps_replaced
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -54,23 +54,8 @@ def bias_kept() -> Iterator[None]:
     Raises:
         EnvironmentLacksError: this transformers does not have the step where it is known to be.
     """
-    import transformers
-    from transformers.exporters import onnxruntime_fusions as fusions
-
-    before = getattr(fusions, "_STEPS", ())
-    step = getattr(fusions, "_unfuse_mixed_dtype_skip_norms", None)
-    if step is None or not any(entry[0] is step for entry in before):
-        raise EnvironmentLacksError(
-            f"transformers {transformers.__version__} is not one whose fusions moe-export knows; install the "
-            "version in constraints.txt"
-        )
-    vars(fusions)["_STEPS"] = tuple(
-        (split_mixed_norms, *entry[1:]) if entry[0] is step else entry for entry in before
-    )
-    try:
+    with steps_replaced({"_unfuse_mixed_dtype_skip_norms": split_mixed_norms}):
         yield
-    finally:
-        vars(fusions)["_STEPS"] = before
 
 
 def _is_mixed(node: ir.Node) -> bool:
