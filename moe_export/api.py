@@ -144,6 +144,8 @@ def _build(
         return unchanged
     each = 0 if loaded.stored is not None else 4 if config.dtype == "float32" else 2
     weight_bytes = sum(p.numel() for p in loaded.module.parameters()) * each
+    if loaded.stored is not None and loaded.quantized is not None:
+        weight_bytes += loaded.quantized.written_bytes(config.dtype)  # nothing quantised can be referred to
     with BundleWriter(
         output,
         overwrite=config.overwrite,
@@ -189,7 +191,10 @@ def _by_reference(source: Any, config: BuildConfig, progress: Progress) -> bool:
 
 
 def _weight_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    """Of the weight files; of quantised ones, what their weights take as 16-bit floats."""
+    from .importer.quantized_config import expansion
+
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) * expansion(folder)
 
 
 def _raise_if_failed(bundle: Bundle) -> None:

@@ -10,14 +10,17 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
 from moe_export.errors import EnvironmentLacksError, SourceError, UnsupportedModelError
 from moe_export.files import describe_path, sha256_file
-from moe_export.importer.config_facts import experts_in_config, refuse_quantized
+from moe_export.importer.config_facts import experts_in_config
 from moe_export.importer.finite import check_finite_tensors
+from moe_export.importer.quantized import QuantizedTensor, quantized_tensors
+from moe_export.importer.quantized_config import Quantization, read_quantization
 from moe_export.importer.safetensors_header import HeaderEntry, read_header
 from moe_export.progress import NullProgress, Progress
 
@@ -62,7 +65,8 @@ class CheckpointInfo:
 
     ``shards``: file names, sorted. ``total_bytes``: of all tensors. ``hash_cheap``: SHA-256 over the config
     and the headers and sizes of the weight files; it tells layouts apart, not weight values
-    (:func:`source_hash` does).
+    (:func:`source_hash` does). ``quantized``: float tensors that several of ``tensors`` stand for, by the
+    name they have in a float checkpoint.
     """
 
     folder: Path
@@ -73,6 +77,14 @@ class CheckpointInfo:
     tensors: dict[str, TensorInfo]
     total_bytes: int
     hash_cheap: str
+    quantization: Quantization | None = None
+    quantized: Mapping[str, QuantizedTensor] = field(default_factory=dict)
+
+    @cached_property
+    def weights(self) -> Mapping[str, TensorInfo | QuantizedTensor]:
+        """The checkpoint as one of float tensors: those that it holds, and those that are dequantised."""
+        parts = {part for tensor in self.quantized.values() for part in tensor.parts.values()}
+        return {name: info for name, info in self.tensors.items() if name not in parts} | dict(self.quantized)
 
 
 def inspect_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -> CheckpointInfo:
@@ -80,7 +92,8 @@ def inspect_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -
 
     Raises:
         SourceError: not a model folder, or damaged: names the file or tensor. UnsupportedModelError: the
-        model is whole, and quantised, of an unknown type, or its own code is needed.
+        model is whole, and of an unknown type, needs its own code, or is quantised in a way that is not
+        read.
     """
     folder = Path(folder)
     config = _read_config(folder)
@@ -91,13 +104,13 @@ def inspect_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -
             "model with "
             "save_pretrained() of transformers"
         )
-    refuse_quantized(folder / CONFIG_NAME, config)
+    quantization = read_quantization(folder / CONFIG_NAME, config)
     _check_known(folder, config, model_type, trust_remote_code)
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise SourceError(f"{folder / CONFIG_NAME}: 'architectures' is not a list of names")
     shards, tensors = _read_weights(folder)
-    _refuse_small_floats(folder, tensors)
+    quantized = quantized_tensors(folder, quantization, tensors)
     return CheckpointInfo(
         folder=folder,
         config=config,
@@ -107,6 +120,8 @@ def inspect_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -
         tensors=tensors,
         total_bytes=sum(tensor.nbytes for tensor in tensors.values()),
         hash_cheap=_hash_layout(config, folder, shards, tensors),
+        quantization=quantization,
+        quantized=quantized,
     )
 
 
@@ -304,16 +319,6 @@ def _no_weights(folder: Path) -> NoReturn:
     if others:
         raise SourceError(f"{folder} has {', '.join(others[:3])} but no {wanted}; the index is missing")
     raise SourceError(f"{folder} has a config and no weights (no {wanted}); was the download complete?")
-
-
-def _refuse_small_floats(folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
-    """8-bit floats and smaller without a quantization_config: nobody knows the scales."""
-    for name, tensor in tensors.items():
-        if tensor.dtype.startswith(("F8", "F6", "F4")):
-            raise UnsupportedModelError(
-                f"{folder / tensor.shard}: tensor {name!r} is {tensor.dtype}, and config.json has no "
-                "quantization_config that says how to scale it; take the float checkpoint"
-            )
 
 
 def _hash_layout(

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-
-from moe_export.errors import UnsupportedModelError
 
 _EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _EXPERT_SWITCHES = ("is_moe", "enable_moe_block")
 _TEXT_FIRST = ("text_config", "thinker_config", "llm_config", "language_config", "ffn_config", "decoder")
 _NOT_TEXT = ("vision_config", "audio_config", "talker_config", "code2wav_config", "quantization_config")
 
-_BY_CONFIG = {
-    "mxfp4": "Mxfp4Config",
-    "fp8": "FineGrainedFP8Config",
-    "compressed-tensors": "CompressedTensorsConfig",
-    "metal": "MetalConfig",
-}
+_BY_CONFIG = {"compressed-tensors": "CompressedTensorsConfig", "metal": "MetalConfig"}
 """Methods that transformers dequantises while loading, and the class that asks for it."""
+READ = ("fp8", "mxfp4", "gptq", "awq")
+"""Methods whose checkpoints are read as they are (:mod:`moe_export.importer.quantized`)."""
 _BY_MODEL = ("bitsandbytes", "higgs")
 """Methods that transformers dequantises after loading."""
 
@@ -48,27 +42,16 @@ def experts_in_config(config: Mapping[str, Any]) -> int | None:
     return None
 
 
-def refuse_quantized(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuse a config whose weights are quantised. ``path``: its file, for the message.
-
-    Raises:
-        UnsupportedModelError: says the method and how to dequantise first.
-    """
-    for key in ("quantization_config", "compression_config"):
-        if config.get(key):
-            raise UnsupportedModelError(f"{path}: {quantized_text(config[key])}")
-    for value in config.values():
-        if isinstance(value, Mapping):
-            refuse_quantized(path, value)
-
-
 def quantized_text(quantization: Any) -> str:
     """Why a quantised checkpoint is refused, and what to do."""
     fields = quantization if isinstance(quantization, Mapping) else {}
     method = str(fields.get("quant_method") or "")
     if not method and (fields.get("load_in_4bit") or fields.get("load_in_8bit")):
         method = "bitsandbytes"
-    text = f"the weights are quantised ({method or 'method not stated'}), moe-export takes float weights; "
+    text = (
+        f"the weights are quantised ({method or 'method not stated'}), moe-export reads float weights and "
+        f"{', '.join(READ)}; "
+    )
     if method in _BY_CONFIG:
         return (
             f"{text}dequantise first: AutoModelForCausalLM.from_pretrained(DIR, quantization_config="

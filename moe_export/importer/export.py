@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ExportError, UsageError, choices_text
+from ..files import bytes_text
 from ..progress import NullProgress, Progress
 from ..schema import DTYPES, Decision, ModelIO, MoELayer
 from .from_shapes import trace_from_shapes
@@ -127,8 +128,29 @@ def export_model(
         loaded,
         dtype,
         opset,
+        _dequantised(loaded, dtype),
         notes=notes,
         float32_weights=_float32_weights(loaded.module),
+    )
+
+
+def _dequantised(loaded: LoadedSource, dtype: str) -> tuple[Decision, ...]:
+    """What became of quantised weights, with the bytes on both sides."""
+    found = loaded.quantized
+    if found is None:
+        return ()
+    if loaded.stored is None:
+        size = found.elements * (4 if dtype == "float32" else 2)
+    else:
+        size = found.written_bytes(dtype)
+    return (
+        Decision(
+            "quantised checkpoint",
+            "dequantised",
+            f"{found.tensors} weights in {found.text}: {bytes_text(found.nbytes)} read as published, "
+            f"{bytes_text(size)} as floats; not kept, as no op of this target multiplies codes in these "
+            "blocks without dequantising them anew at every step",
+        ),
     )
 
 

@@ -54,11 +54,17 @@ def hollow_tensor(shape: Iterable[int], dtype: torch.dtype) -> torch.Tensor:
 
 
 def hollow_model(
-    cls: Any, config: Any, checkpoint: CheckpointInfo, options: Mapping[str, Any] | None = None
+    cls: Any,
+    config: Any,
+    checkpoint: CheckpointInfo,
+    options: Mapping[str, Any] | None = None,
+    *,
+    whole: bool = False,
 ) -> tuple[Any, StoredWeights]:
     """A float32 model of class ``cls`` in eval mode, and where each of its weights comes from.
 
-    Parameters of more than :data:`SMALL` elements are zeros that take no memory.
+    Parameters of more than :data:`SMALL` elements are zeros that take no memory; with ``whole``, all are
+    read, and dequantised where the checkpoint holds them quantised.
 
     Raises:
         SourceError: the checkpoint does not fit the model. EnvironmentLacksError: no address space.
@@ -71,7 +77,7 @@ def hollow_model(
         model = cls._from_config(config, dtype=torch.float32, **(options or {}))
     stored = stored_weights(model, checkpoint)
     for name, tensor in list(model.state_dict(keep_vars=True).items()):
-        small = tensor.numel() <= SMALL or not tensor.is_floating_point()
+        small = whole or tensor.numel() <= SMALL or not tensor.is_floating_point()
         value = stored.weight(name) if small else hollow_tensor(tensor.shape, torch.float32)
         if tuple(value.shape) != tuple(tensor.shape):
             raise SourceError(

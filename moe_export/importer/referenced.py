@@ -15,6 +15,7 @@ from .weight_sources import AsStored, PerExpert, StoredWeights, WeightSource
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    import torch
 
 INLINE = 8192
 """Elements up to which a weight is kept in the graph: what optimisers fold."""
@@ -70,9 +71,9 @@ def _tensor(stored: StoredWeights, name: str, source: WeightSource, value: ir.Va
     shape = value.shape
     assert shape is not None and value.name is not None and value.dtype is not None
     if isinstance(source, AsStored):
-        return _external(stored, source.tensor, value.name)
+        return _place(stored, source.tensor, value.name)
     if isinstance(source, PerExpert):
-        dtypes = {stored.checkpoint.tensors[n].dtype for n in source.tensors}
+        dtypes = {stored.checkpoint.weights[n].dtype for n in source.tensors}
         dtype = _onnx_dtype(dtypes.pop()) if len(dtypes) == 1 else value.dtype
         stack = ir.LazyTensor(
             lambda: ir.tensor(_numpy(stored, name, dtype), dtype=dtype),
@@ -81,7 +82,7 @@ def _tensor(stored: StoredWeights, name: str, source: WeightSource, value: ir.Va
             name=value.name,
         )
         stack.meta[EXPERT_TENSORS] = tuple(
-            tuple(_external(stored, tensor, f"{prefix_of(value.name)}{tensor}") for tensor in part)
+            tuple(_place(stored, tensor, f"{prefix_of(value.name)}{tensor}") for tensor in part)
             for part in source.parts
         )
         return stack
@@ -100,18 +101,25 @@ def prefix_of(name: str) -> str:
 
 
 def _numpy(stored: StoredWeights, name: str, dtype: ir.DataType) -> Any:
+    return _as_numpy(stored.weight(name), dtype)
+
+
+def _as_numpy(tensor: torch.Tensor, dtype: ir.DataType) -> Any:
     import ml_dtypes
     import torch
 
-    tensor = stored.weight(name).contiguous()
+    tensor = tensor.contiguous()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16).astype(dtype.numpy(), copy=False)
     return tensor.numpy().astype(dtype.numpy(), copy=False)
 
 
-def _external(stored: StoredWeights, tensor: str, name: str) -> ir.ExternalTensor:
+def _place(stored: StoredWeights, tensor: str, name: str) -> ir.TensorProtocol:
+    """A tensor where it lies in the checkpoint; one that is quantised there is computed when it is read."""
     import onnx_ir as ir
 
+    if tensor in stored.checkpoint.quantized:
+        return _streamed(stored, tensor, name)
     info = stored.checkpoint.tensors[tensor]
     return ir.ExternalTensor(
         info.shard,
@@ -121,6 +129,27 @@ def _external(stored: StoredWeights, tensor: str, name: str) -> ir.ExternalTenso
         shape=ir.Shape(info.shape),
         name=name,
         base_dir=stored.checkpoint.folder,
+    )
+
+
+def _streamed(stored: StoredWeights, tensor: str, name: str) -> ir.TensorProtocol:
+    import onnx_ir as ir
+
+    held = stored.checkpoint.quantized[tensor]
+    dtype = _onnx_dtype(held.dtype)
+
+    class Streamed(ir.LazyTensor):
+        """Written piece by piece, so that no stack of experts is ever whole in memory."""
+
+        def tofile(self, file: Any) -> None:
+            for piece in stored.pieces(tensor):
+                file.write(_as_numpy(piece, dtype).reshape(-1).view("u1").data)
+
+    return Streamed(
+        lambda: ir.tensor(_as_numpy(stored.tensor(tensor), dtype), dtype=dtype),
+        dtype=dtype,
+        shape=ir.Shape(held.shape),
+        name=name,
     )
 
 

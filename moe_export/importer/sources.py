@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from ..errors import EnvironmentLacksError, SourceError, UsageError, choices_text
+from ..errors import EnvironmentLacksError, SourceError, UnsupportedModelError, UsageError, choices_text
 from ..progress import NullProgress, Progress
 from ..schema import TASKS, SourceInfo, Task, TextInfo
 from .identity import library_model_hash
+from .quantized import QuantizedWeights
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +39,8 @@ class LoadedSource:
     tokenizer_files: tuple[Path, ...] = ()
     stored: StoredWeights | None = None
     """Where the weights lie, of a source whose ``module`` is hollow (:mod:`moe_export.importer.hollow`)."""
+    quantized: QuantizedWeights | None = None
+    """Of a folder whose weights are quantised; ``module`` has them dequantised."""
 
     @property
     def encoder_decoder(self) -> bool:
@@ -55,6 +58,7 @@ def load_source(
     dynamic: dict[str, dict[int, str]] | None = None,
     trust_remote_code: bool = False,
     hollow: bool = False,
+    streamed: bool = False,
     progress: Progress | None = None,
 ) -> LoadedSource:
     """Load ``source`` in float32 and eval mode.
@@ -67,6 +71,7 @@ def load_source(
         inputs: sample inputs of an own module by name.
         dynamic: input name → {axis: symbolic dimension}; every other axis is fixed.
         hollow: leave the large weights of a model folder where they lie; the model can be traced, not run.
+        streamed: of a hollow model: the graph's weights are read when they are written, not referred to.
 
     Raises:
         SourceError: the source is missing, damaged or of an unknown or refused family.
@@ -97,7 +102,7 @@ def load_source(
         return module_source(module, text, inputs or found_inputs, dynamic or found_dynamic, task)
     if text.endswith(".py"):
         raise SourceError(f"{text}: name the function that makes the model: {text}:build")
-    return _folder_source(Path(text), task, trust_remote_code, hollow, progress or NullProgress())
+    return _folder_source(Path(text), task, trust_remote_code, hollow, streamed, progress or NullProgress())
 
 
 def _require(module: str, package: str) -> None:
@@ -147,7 +152,7 @@ def check_finite_state(module: nn.Module) -> None:
 
 
 def _folder_source(
-    folder: Path, task: str | None, trust_remote_code: bool, hollow: bool, progress: Progress
+    folder: Path, task: str | None, trust_remote_code: bool, hollow: bool, streamed: bool, progress: Progress
 ) -> LoadedSource:
     from .checkpoint import hash_of_digests, inspect_checkpoint
     from .read_through import read_through
@@ -167,12 +172,22 @@ def _folder_source(
         except Exception as error:  # each configuration class raises its own
             raise SourceError(f"{folder}/config.json: transformers cannot read it: {_told(error)}") from error
         loader, options = _loader(folder, config, trust_remote_code)
-        if hollow:
+        if hollow or checkpoint.quantization is not None:
             from .hollow import hollow_model
 
-            model, stored = hollow_model(loader, config, checkpoint, options)
-            stored = dataclasses.replace(stored, digests=digests)
-            return dataclasses.replace(_library_source(model, str(folder), task, digest), stored=stored)
+            if options and checkpoint.quantization is not None:
+                raise UnsupportedModelError(
+                    f"{folder}: its weights are quantised ({checkpoint.quantization.method}), which is read "
+                    "for classes of transformers, and its class is code in the folder; take the float "
+                    "checkpoint"
+                )
+            _forget_quantization(config)
+            model, stored = hollow_model(loader, config, checkpoint, options, whole=not hollow)
+            _read_generation_config(model, folder)
+            stored = dataclasses.replace(stored, digests=digests, streamed=streamed)
+            source = _library_source(model, str(folder), task, digest)
+            quantized = QuantizedWeights.of(checkpoint)
+            return dataclasses.replace(source, stored=stored if hollow else None, quantized=quantized)
         try:
             model, loading = loader.from_pretrained(
                 folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
@@ -181,6 +196,27 @@ def _folder_source(
             raise SourceError(f"{folder}: transformers cannot load it: {_told(error)}") from error
     _refuse_incomplete(folder, loading)
     return _library_source(model.eval(), str(folder), task, digest)
+
+
+def _forget_quantization(config: Any) -> None:
+    """The weights that the model is given are floats."""
+    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+
+
+def _read_generation_config(model: Any, folder: Path) -> None:
+    """What ends a text, and which token starts one, as ``from_pretrained`` reads it."""
+    from transformers import GenerationConfig
+
+    if not (folder / "generation_config.json").is_file() or not model.can_generate():
+        return
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # its class checks itself with whatever exceptions it likes
+        raise SourceError(
+            f"{folder}/generation_config.json: transformers cannot read it: {_told(error)}"
+        ) from error
 
 
 def _loader(folder: Path, config: Any, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
@@ -241,8 +277,6 @@ def _library_source(model: nn.Module, path: str | None, task: str | None, digest
     config = cast(Any, model).config
     model_type = family_name(model)
     if model_type in FAMILIES and find_family(model_type).status == "refused":
-        from ..errors import UnsupportedModelError
-
         raise UnsupportedModelError(f"family {model_type}: {find_family(model_type).reason}")
     if not digest:
         check_finite_state(model)

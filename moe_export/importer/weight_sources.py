@@ -7,7 +7,7 @@ table of conversions is read, so that what needs no change can be used where it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,8 @@ from .checkpoint import CheckpointInfo, TensorInfo
 
 if TYPE_CHECKING:
     import torch
+
+    from .quantized import QuantizedTensor
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,39 @@ class StoredWeights:
     sources: Mapping[str, WeightSource]
     digests: Mapping[str, tuple[int, str]] = field(default_factory=dict)
     """Size and SHA-256 of the checkpoint's files, where they are known."""
+    streamed: bool = False
+    """Whether the graph's weights are read and written anew, one by one, in place of being referred to."""
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor of the checkpoint, read now."""
+        """One tensor of the checkpoint, read now, and dequantised where it is quantised there.
+
+        Raises:
+            SourceError: its parts make no sense.
+        """
+        held = self.checkpoint.quantized.get(name)
+        if held is None:
+            return self._read(name)
+        return held.dequantize({role: self._read(part) for role, part in held.parts.items()})
+
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """The same tensor in pieces along its first axis: one matrix of a quantised stack at a time."""
+        held = self.checkpoint.quantized.get(name)
+        if held is None or not held.stack:
+            yield self.tensor(name)
+            return
+        for index in range(held.stack):
+            yield self.piece(name, index).unsqueeze(0)
+
+    def piece(self, name: str, index: int) -> torch.Tensor:
+        """Matrix ``index`` of a quantised stack (``checkpoint.quantized[name].stack`` is their number)."""
+        held = self.checkpoint.quantized[name]
+        return held.dequantize({role: self._read(part, index) for role, part in held.parts.items()})[0]
+
+    def _read(self, name: str, row: int | None = None) -> torch.Tensor:
         from safetensors import safe_open
 
         with safe_open(self.path(name), framework="pt") as shard:
-            return shard.get_tensor(name)
+            return shard.get_tensor(name) if row is None else shard.get_slice(name)[row : row + 1]
 
     def weight(self, name: str) -> torch.Tensor:
         """One weight of the model, read now, in the dtype it is stored in."""
@@ -106,7 +134,7 @@ def stored_weights(model: Any, checkpoint: CheckpointInfo) -> StoredWeights:
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     gathered: dict[str, dict[str | None, list[str]]] = {}
-    for name in sorted(checkpoint.tensors, key=dot_natural_key):
+    for name in sorted(checkpoint.weights, key=dot_natural_key):
         target, pattern = _renamed(name, model, renamings, converters, wanted)
         if target in wanted:
             gathered.setdefault(target, {}).setdefault(pattern, []).append(name)
@@ -193,7 +221,7 @@ def _check(
     wrong = sorted(
         name
         for name, source in sources.items()
-        if name in wanted and _shape(source, checkpoint.tensors) not in (None, tuple(wanted[name].shape))
+        if name in wanted and _shape(source, checkpoint.weights) not in (None, tuple(wanted[name].shape))
     )
     for names, text in ((lacking, "lack"), (wrong, "have another shape of")):
         if names:
@@ -204,7 +232,9 @@ def _check(
             )
 
 
-def _shape(source: WeightSource, tensors: Mapping[str, TensorInfo]) -> tuple[int, ...] | None:
+def _shape(
+    source: WeightSource, tensors: Mapping[str, TensorInfo | QuantizedTensor]
+) -> tuple[int, ...] | None:
     """Shape of the parameter; None where only the conversion knows, () where the parts do not fit."""
     if isinstance(source, AsStored):
         return tensors[source.tensor].shape
