@@ -55,7 +55,6 @@ class EngineRunner(Runner):
         if self._routing is not None:
             return self._run_forced({"input_ids": ids})
         # The loop of generate() uses the same object; here no sampling stands between two steps.
-        engine, _ = session._open()
         self._stepper = session.stepper(len(ids))
         return self._stepper.feed(ids, np.ones_like(ids))[LOGITS]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .memory import peak_rss_bytes
+from ..process_memory import peak_rss_bytes
 
 if TYPE_CHECKING:
     import numpy as np

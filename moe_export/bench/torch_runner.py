@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..progress import NullProgress
-from .memory import reset_peak
+from ..process_memory import reset_peak
 from .runner import NotPossible, Runner, read_arrays
 
 if TYPE_CHECKING:

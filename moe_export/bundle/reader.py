@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import stat
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from moe_export.bundle.manifest import EVIDENCE_FOLDER, MANIFEST_NAME, read_manifest
 from moe_export.bundle.names import shown
@@ -26,11 +27,26 @@ class Bundle:
 
     path: Path
     manifest: Manifest
+    rank: int = 0
+    """Which rank's engine is meant, of a bundle of several ranks."""
 
     @property
     def model_path(self) -> Path:
         """The engine's model file."""
-        return self.path / self.manifest.model_file
+        parallel = self.manifest.expert_parallel
+        if parallel is None:
+            return self.path / self.manifest.model_file
+        return self.path / parallel.folder(self.rank) / PurePosixPath(self.manifest.model_file).name
+
+    @property
+    def rank_manifest(self) -> Manifest:
+        """The manifest with no plans but those of :attr:`rank`."""
+        parallel = self.manifest.expert_parallel
+        if parallel is None:
+            return self.manifest
+        own = parallel.folder(self.rank) + "/"
+        engines = tuple(engine for engine in self.manifest.engines if engine.file.startswith(own))
+        return dataclasses.replace(self.manifest, engines=engines)
 
     @property
     def tokenizer_path(self) -> Path | None:
@@ -40,11 +56,16 @@ class Bundle:
 
 
 def open_bundle(
-    path: str | os.PathLike[str], *, trust: bool = False, progress: Progress | None = None
+    path: str | os.PathLike[str],
+    *,
+    trust: bool = False,
+    progress: Progress | None = None,
+    rank: int | None = None,
 ) -> Bundle:
     """Read a bundle and check it: schema, paths, sizes, hashes, runtime version, hostile ONNX content.
 
-    ``trust`` skips the hash check and nothing else.
+    ``trust`` skips the hash check and nothing else. ``rank``: of a bundle of several ranks, only this rank's
+    files and those of all ranks are looked at; the others' may be elsewhere.
 
     Files that the manifest does not list are refused, because the hashes do not cover them and a tokenizer
     loader takes whatever lies in its folder. Exempt are ``evidence/`` (reports that ``verify`` and ``bench``
@@ -56,19 +77,39 @@ def open_bundle(
     """
     folder = Path(path)
     progress = progress or NullProgress()
-    if not os.path.isdir(folder) or not os.path.exists(folder / MANIFEST_NAME):
-        raise BundleError(_not_a_bundle(folder))
-    manifest = read_manifest(folder)
-    _check_files(folder, manifest)
+    manifest = open_manifest(folder)
+    files = _files_of_rank(manifest, rank)
+    _check_files(folder, files, rank)
     _check_extras(folder, manifest)
     _check_runtime(folder, manifest)
     if not trust:
-        _check_hashes(folder, manifest.files, progress)
-    listed = frozenset(entry.path for entry in manifest.files)
-    for entry in manifest.files:
+        _check_hashes(folder, files, progress)
+    listed = frozenset(entry.path for entry in files)
+    for entry in files:
         if entry.path.endswith(".onnx"):
             check_onnx_safe(folder / entry.path, root=folder, allowed=listed)
-    return Bundle(folder, manifest)
+    return Bundle(folder, manifest, rank or 0)
+
+
+def open_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """The manifest of the bundle ``path``; no other file is looked at.
+
+    Raises:
+        BundleError: there is no bundle, or its manifest is damaged.
+    """
+    folder = Path(path)
+    if not os.path.isdir(folder) or not os.path.exists(folder / MANIFEST_NAME):
+        raise BundleError(_not_a_bundle(folder))
+    return read_manifest(folder)
+
+
+def _files_of_rank(manifest: Manifest, rank: int | None) -> tuple[FileEntry, ...]:
+    """The files that ``rank`` uses; None: all."""
+    parallel = manifest.expert_parallel
+    if parallel is None or rank is None:
+        return manifest.files
+    others = tuple(parallel.folder(r) + "/" for r in range(parallel.ranks) if r != rank)
+    return tuple(entry for entry in manifest.files if not entry.path.startswith(others))
 
 
 def _not_a_bundle(folder: Path) -> str:
@@ -83,10 +124,10 @@ def _not_a_bundle(folder: Path) -> str:
     return f"{text}; a bundle is a folder that `moe-export build SOURCE -o FOLDER` writes"
 
 
-def _check_files(folder: Path, manifest: Manifest) -> None:
+def _check_files(folder: Path, files: tuple[FileEntry, ...], rank: int | None) -> None:
     root = folder.resolve()
     faults = []
-    for entry in manifest.files:
+    for entry in files:
         path = folder / entry.path
         try:
             if not path.resolve().is_relative_to(root):
@@ -106,8 +147,9 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
                 faults.append(f"{entry.path} has {info.st_size} bytes instead of {entry.size}")
     if faults:
         more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
+        which = "" if rank is None else f" (rank {rank} needs its own files and those of all ranks)"
         raise BundleError(
-            f"bundle {folder} is damaged: {'; '.join(faults[:3])}{more}; copy or build it again"
+            f"bundle {folder} is damaged: {'; '.join(faults[:3])}{more}; copy or build it again{which}"
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from moe_export.cli.options import IntList, WordList, common_options, json_option, quiet_option
+from moe_export.cli.ranks import ranked_command
 from moe_export.errors import UsageError
 
 
@@ -36,6 +37,7 @@ from moe_export.errors import UsageError
 @json_option
 @quiet_option
 @common_options
+@ranked_command("bundle")
 def command(
     bundle: Path,
     baselines: tuple[str, ...] | None,

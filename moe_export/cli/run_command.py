@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moe_export.cli.options import IntList, common_options, json_option, quiet_option, read_text
+from moe_export.cli.ranks import ranked_command
 from moe_export.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 @json_option
 @quiet_option
 @common_options
+@ranked_command("bundle")
 def command(
     bundle: Path,
     prompt: str | None,

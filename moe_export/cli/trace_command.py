@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from moe_export.cli.options import common_options, quiet_option, read_text, trust_remote_code_option
+from moe_export.cli.ranks import ranked_command
 from moe_export.errors import UsageError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 @trust_remote_code_option
 @quiet_option
 @common_options
+@ranked_command("path")
 def command(
     path: str,
     data_file: str,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from moe_export.cli.options import Assignment, common_options, json_option, quiet_option, read_text
+from moe_export.cli.ranks import ranked_command
 from moe_export.errors import UsageError
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 @json_option
 @quiet_option
 @common_options
+@ranked_command("bundle")
 def command(
     bundle: Path,
     against: str | None,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from moe_export.errors import InputError
 from moe_export.runtime.inputs import check_token_ids
 from moe_export.runtime.sampling import Sampler, Sampling
-from moe_export.runtime.stepping import LOGITS, Stepper
+from moe_export.runtime.stepping import Stepper
 from moe_export.runtime.text import TextStream
 from moe_export.schema import TextInfo
 
@@ -141,7 +141,7 @@ class GenerationLoop:
         batch = len(self._start[0])
         began = time.perf_counter()
         self._check_open()
-        logits = self._stepper.feed(*self._start)[LOGITS][:, -1]
+        logits = self._stepper.feed_for_last(*self._start)
         prefilled = time.perf_counter()
         self.prefill_seconds = prefilled - began
         # A sequence that has ended is fed its last token again; what it answers is not looked at.
@@ -156,7 +156,7 @@ class GenerationLoop:
             if None not in self.finish_reasons:
                 break
             self._check_open()
-            logits = self._stepper.feed(tokens, ones)[LOGITS][:, -1]
+            logits = self._stepper.feed_for_last(tokens, ones)
         self.decode_seconds = time.perf_counter() - prefilled
 
     def _event(self, sequence: int, token: int, count: int) -> StreamEvent:

@@ -9,14 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_export.errors import InputError
-from moe_export.runtime.engine import Engine
 from moe_export.runtime.generation import GenerationLoop, Request
-from moe_export.runtime.gpu import GpuEngine, GpuStepper
 from moe_export.runtime.inputs import InputChecker, check_batch
+from moe_export.runtime.opened import Opened
 from moe_export.runtime.prompts import Prompt, encode_prompts, pad
 from moe_export.runtime.stepping import (
     DECODER_IDS,
-    CachedStepper,
     EncoderDecoderStepper,
     ReplayStepper,
     Stepper,
@@ -35,14 +33,15 @@ class Generator:
 
     def __init__(
         self,
-        engine: Engine | GpuEngine,
+        opened: Opened,
         io: ModelIO,
         limits: Limits,
         text: TextInfo,
         checker: InputChecker,
         tokenizer: Tokenizer | None,
     ) -> None:
-        self._engine = engine
+        self._opened = opened
+        self._engine = opened.engine
         self._io = io
         self._limits = limits
         self._text = text
@@ -95,9 +94,7 @@ class Generator:
         if DECODER_IDS in {spec.name for spec in self._io.inputs}:
             raise InputError("an encoder-decoder has no stepper; use generate() or run()")
         if self._io.cache_inputs:
-            if isinstance(self._engine, GpuEngine):
-                return GpuStepper(self._engine, self._io.inputs, self._limits, batch)
-            return CachedStepper(self._engine, self._io, self._limits, batch)
+            return self._opened.stepper(batch)
         return ReplayStepper(self._engine, self._io, self._checker)
 
     def _encoder_decoder(self, prompts: list[list[int]]) -> tuple[Stepper, tuple[Ints, Ints]]:

@@ -41,17 +41,20 @@ class Runner(Protocol):
     def run(self, inputs: Mapping[str, DeviceArray]) -> dict[str, DeviceArray]: ...
 
 
-def open_gpu_engine(bundle: Bundle) -> GpuEngine:
-    """The plan of a bundle that fits the GPU here.
+def open_gpu_engine(bundle: Bundle, largest: Callable[[int], int] | None = None) -> GpuEngine:
+    """The plan of a bundle (of several ranks: of the bundle's rank) that fits the GPU here.
+
+    ``largest``: see :class:`GpuEngine`.
 
     Raises:
         EnvironmentLacksError: no GPU, driver or library that runs it. BundleError: no plan, or one of another
         version.
     """
-    engine = usable_engine(bundle.manifest, str(bundle.path))
+    engine = usable_engine(bundle.rank_manifest, str(bundle.path))
     io = bundle.manifest.io
     dtypes = {spec.name: numpy_dtype(spec.dtype) for spec in (*io.inputs, *io.outputs)}
-    return GpuEngine(bundle.manifest, PlanRunner(bundle.path / engine.file, engine, io, dtypes))
+    runner = PlanRunner(bundle.path / engine.file, engine, io, dtypes)
+    return GpuEngine(bundle.manifest, runner, largest)
 
 
 class GpuEngine:
@@ -60,9 +63,13 @@ class GpuEngine:
     shared_cache = False
     rows_apart = False
 
-    def __init__(self, manifest: Manifest, runner: Runner) -> None:
+    def __init__(
+        self, manifest: Manifest, runner: Runner, largest: Callable[[int], int] | None = None
+    ) -> None:
+        """``largest``: of several ranks, the largest load over all of them, so that all run again or none."""
         io = manifest.io
         self._runner = runner
+        self._largest = largest
         self._io = io
         self._buckets = bucket_io(io)
         self._capacities = CapacityRunner.of(manifest)
@@ -89,7 +96,8 @@ class GpuEngine:
         def execute(capacity: int) -> tuple[dict[str, DeviceArray], int]:
             marker = self.put(name, np.zeros(capacity, np.int32))
             results = self._runner.run({**inputs, name: marker})
-            return results, load_of(self.take(results[output]))
+            load = load_of(self.take(results[output]))
+            return results, load if self._largest is None else self._largest(load)
 
         shapes = {key: array.shape for key, array in inputs.items()}
         return self._capacities.run(count_tokens(self._io, shapes), execute)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -14,20 +14,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_export.backends.onnxruntime.runner import create_session
 from moe_export.bundle.reader import Bundle, open_bundle
 from moe_export.errors import BundleError, InputError
 from moe_export.runtime.capacity import CapacityUse, own_io
-from moe_export.runtime.engine import Engine, check_declared
 from moe_export.runtime.generation import Generation, Request, StreamEvent
 from moe_export.runtime.generator import Generator
-from moe_export.runtime.gpu import GpuEngine, NoTraces, open_gpu_engine
 from moe_export.runtime.inputs import InputChecker
+from moe_export.runtime.joining import DRIVE, join_ranks
+from moe_export.runtime.opened import Opened, open_engine
 from moe_export.runtime.plugin import missing_plugin_note, runs_with_plugin
 from moe_export.runtime.prompts import Prompt
+from moe_export.runtime.ranked import RankUse, open_ranked
 from moe_export.runtime.stepping import LOGITS, Stepper
 from moe_export.runtime.text import load_tokenizer
-from moe_export.runtime.traced import TracedEngines
 from moe_export.schema import Manifest, ModelIO, TextInfo
 from moe_export.sms import GPU_TARGETS
 from moe_export.trace import LayerTrace, TracedRun
@@ -40,21 +39,46 @@ Array = NDArray[Any]
 CPU_TARGETS = ("onnxruntime", "portable")
 
 
-def load(path: str | os.PathLike[str], *, trust: bool = False, threads: int | None = None) -> Session:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    trust: bool = False,
+    threads: int | None = None,
+    ep_timeout: float | None = None,
+) -> Session:
     """Open a bundle and make it ready to run.
+
+    A bundle of several ranks runs under ``mpiexec``: rank 0 loads it, and meanwhile the others call
+    :func:`moe_export.runtime.serve_rank`.
 
     Args:
         path: the bundle's folder.
         trust: skip the hash check (and nothing else).
-        threads: threads inside one operator; None: the physical cores this process may use.
+        threads: threads inside one operator; None: the physical cores this process may use, divided by the
+            ranks that share them.
+        ep_timeout: seconds that ranks wait for each other; None: ``MOE_EXPORT_EP_TIMEOUT``, or 60.
 
     Raises:
         BundleError: the bundle is damaged, hostile, newer than this version, or not for this machine.
-        EnvironmentLacksError: its plans need a GPU, driver or library that is not here.
+        EnvironmentLacksError: its plans need a GPU, driver or library that is not here; or its ranks need
+            MPI.
         InputError: ``threads`` is not a whole number of 1 or more.
+        UsageError: it has more or fewer ranks than were started.
     """
     started = time.perf_counter()
-    session = Session(open_bundle(path, trust=trust), threads=threads)
+    joined = join_ranks(path, DRIVE, ep_timeout)
+    if joined is None:
+        session = Session(open_bundle(path, trust=trust), threads=threads)
+    else:
+
+        def work() -> tuple[Bundle, Opened]:
+            bundle = open_bundle(path, trust=trust, rank=0)
+            return bundle, open_engine(bundle, joined.threads(threads), largest=joined.ranks.largest)
+
+        bundle, local = joined.ranks.together(work)
+        opened = open_ranked(joined, bundle, local)
+        session = Session(bundle, opened=opened, notes=joined.notes(threads))
+        session.rank_use = opened.use
     session.load_seconds = time.perf_counter() - started
     return session
 
@@ -66,10 +90,18 @@ class Session:
         manifest: the bundle's manifest.
         load_seconds: how long :func:`load` took, hash check included.
         notes: one line per thing worth knowing about how this bundle runs here.
+        rank_use: what each rank did so far; None for a bundle of one rank.
     """
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
-        """For a checked bundle; use :func:`load`."""
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        threads: int | None = None,
+        opened: Opened | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        """For a checked bundle; use :func:`load`. ``opened``: its engine, where it is open already."""
         manifest = bundle.manifest
         if manifest.target not in (*CPU_TARGETS, *GPU_TARGETS):
             raise BundleError(
@@ -83,12 +115,9 @@ class Session:
         self._lock = threading.Lock()
         vocabulary = manifest.text.vocab_size if manifest.text is not None else None
         self._checker = InputChecker(own_io(manifest.io), manifest.limits, vocabulary)
-        self._engines: tuple[Engine | GpuEngine, TracedEngines | NoTraces] | None
-        if manifest.target in GPU_TARGETS:
-            self._engines = open_gpu_engine(bundle), NoTraces()
-        else:
-            self._engines = _cpu_engines(bundle, threads)
-        self.notes: tuple[str, ...] = tuple(self._find_notes())
+        self.rank_use: Callable[[], tuple[RankUse, ...]] | None = None
+        self._opened: Opened | None = opened or open_engine(bundle, threads)
+        self.notes: tuple[str, ...] = (*notes, *self._find_notes())
 
     @property
     def io(self) -> ModelIO:
@@ -99,8 +128,7 @@ class Session:
     def capacity_use(self) -> CapacityUse | None:
         """How often a TensorRT plan was run again with larger buckets of experts; None for engines without
         buckets."""
-        engine, _ = self._open()
-        return engine.capacity_use if isinstance(engine, GpuEngine) else None
+        return self._open().capacity_use()
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -110,9 +138,12 @@ class Session:
 
     def close(self) -> None:
         """Free the engine. Every later call, and the next step of a running generation, is an
-        :class:`InputError`; single runs in other threads end as they should."""
+        :class:`InputError`; single runs in other threads end as they should. Workers of other ranks return
+        from :func:`moe_export.runtime.serve_rank`."""
         with self._lock:
-            self._engines = None
+            opened, self._opened = self._opened, None
+        if opened is not None:
+            opened.close()
 
     def __enter__(self) -> Session:
         self._check_open()
@@ -137,8 +168,7 @@ class Session:
             InputError: the inputs do not fit the engine; the message names the input.
             BundleError: ONNX Runtime failed.
         """
-        engine, _ = self._open()
-        return engine.run(self._checker.check(inputs).feeds)
+        return self._open().engine.run(self._checker.check(inputs).feeds)
 
     def run_traced(
         self, inputs: Mapping[str, Any], *, force_routing: Sequence[LayerTrace] | None = None
@@ -156,8 +186,7 @@ class Session:
             InputError: inputs or routing do not fit the engine.
             BundleError: the graph lacks a layer's values, or ONNX Runtime failed.
         """
-        _, traced = self._open()
-        return traced.run(self._checker.check(inputs).feeds, force_routing)
+        return self._open().traced.run(self._checker.check(inputs).feeds, force_routing)
 
     def chunked_logits(self, input_ids: Any, attention_mask: Any, chunks: Sequence[int]) -> TracedRun:
         """Feed a sequence through the KV cache in pieces, as prefill and decode do.
@@ -174,7 +203,7 @@ class Session:
         Raises:
             InputError: the engine has no KV cache, or the inputs do not fit.
         """
-        _, traced = self._open()
+        traced = self._open().traced
         self._text()
         if not self.io.cache_inputs:
             raise InputError("this engine has no KV cache to feed in chunks; use run_traced()")
@@ -263,20 +292,20 @@ class Session:
         return None if file is None else load_tokenizer(file)
 
     def _generator(self) -> Generator:
-        engine, _ = self._open()
+        opened = self._open()
         text = self._text()
-        return Generator(engine, self.io, self.manifest.limits, text, self._checker, self._tokenizer)
+        return Generator(opened, self.io, self.manifest.limits, text, self._checker, self._tokenizer)
 
-    def _open(self) -> tuple[Engine | GpuEngine, TracedEngines | NoTraces]:
-        engines = self._engines
-        if engines is None:
+    def _open(self) -> Opened:
+        opened = self._opened
+        if opened is None:
             raise InputError("this session is closed; call load() again")
         if os.getpid() != self._process:
             raise InputError(
                 "this session was loaded by the parent process, and its threads do not survive a fork; call "
                 "load() in this process"
             )
-        return engines
+        return opened
 
     def _check_open(self) -> None:
         self._open()
@@ -307,18 +336,3 @@ class Session:
             yield "no tokenizer: prompts are token ids, and generated text is not shown"
         elif self._tokenizer_file() is None:
             yield "no tokenizer.json: prompts are token ids, and generated text is not shown"
-
-
-def _cpu_engines(bundle: Bundle, threads: int | None) -> tuple[Engine, TracedEngines]:
-    """The engine in ONNX Runtime, plain and traced."""
-    manifest, model = bundle.manifest, bundle.model_path
-    session = create_session(model, threads=threads, plugin=runs_with_plugin(manifest))
-    check_declared(session, manifest.io, str(model))
-    plain = Engine(
-        session,
-        str(model),
-        [spec.name for spec in manifest.io.outputs],
-        shared_cache=manifest.cache == "shared",
-        rows_apart=manifest.rows_apart,
-    )
-    return plain, TracedEngines(plain, model, manifest, threads)

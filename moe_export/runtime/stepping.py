@@ -47,6 +47,11 @@ class Stepper(ABC):
             BundleError: ONNX Runtime failed.
         """
 
+    def feed_for_last(self, ids: Ints, mask: Ints) -> Array:
+        """:meth:`feed`, for the logits of the last token only: [batch, vocab]."""
+        last: Array = self.feed(ids, mask)[LOGITS][:, -1]
+        return last
+
 
 class CachedStepper(Stepper):
     """Feeds only the new tokens; the past is in the KV cache.
@@ -82,6 +87,7 @@ class CachedStepper(Stepper):
         self._positions_buffer: Array = self._counts
 
     def feed(self, ids: Ints, mask: Ints) -> dict[str, Array]:
+        check_step(ids, mask, self._batch)
         new = ids.shape[1]
         if self._engine.rows_apart and self._batch > 1 and new > 1 and self._past:
             return self._feed_one_by_one(ids, mask)
@@ -188,6 +194,16 @@ class EncoderDecoderStepper(Stepper):
         inputs = {**self._source, DECODER_IDS: self._target}
         outputs = self._engine.run(self._checker.check(inputs).feeds)
         return {LOGITS: outputs[LOGITS][:, -ids.shape[1] :]}
+
+
+def check_step(ids: Ints, mask: Ints, batch: int) -> None:
+    """Raise :class:`InputError` where a step's ``ids`` and ``mask`` are not both [``batch``, new tokens]."""
+    shape = ids.shape
+    if len(shape) != 2 or shape[0] != batch or not shape[1] or mask.shape != shape:
+        raise InputError(
+            f"a step's ids have shape {list(shape)} and its mask {list(mask.shape)}; expected both [{batch}, "
+            "new tokens]"
+        )
 
 
 def _refuse_unknown_inputs(io: ModelIO) -> None:

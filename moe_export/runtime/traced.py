@@ -45,23 +45,51 @@ class TracedEngines:
             InputError: ``routing`` does not fit the model.
             BundleError: the model cannot be instrumented, or ONNX Runtime failed.
         """
-        if routing is not None:
-            instrument.check_routing(self._layers, routing)
-        engine, dtypes = self._engine(forced=routing is not None)
-        forced = {} if routing is None else instrument.forced_feeds(self._layers, routing, dtypes)
-        outputs = engine.run({**feeds, **forced})
-        traces = instrument.layer_traces(self._layers, {**outputs, **forced})
-        return TracedRun({spec.name: outputs[spec.name] for spec in self._io.outputs}, traces)
+        forced = self.forced_feeds(routing)
+        return self.finished(self.outputs({**feeds, **forced}, forced=routing is not None), forced)
 
     def run_chunked(
         self, ids: Ints, mask: Ints, chunks: Sequence[int], check_open: Callable[[], None]
     ) -> TracedRun:
         """Feed ``ids`` [batch, sequence] through the KV cache in pieces of the lengths ``chunks``."""
-        if any(type(size) is not int or size < 1 for size in chunks) or sum(chunks) != ids.shape[1]:
-            raise InputError(
-                f"chunks {list(chunks)}: expected whole numbers of 1 or more that sum to the sequence length "
-                f"{ids.shape[1]}"
-            )
+        check_chunks(chunks, ids.shape[1])
+        return self.finished_chunked(self.chunked_outputs(ids, mask, chunks, check_open))
+
+    def prepare(self, *, forced: bool) -> None:
+        """Load the form of the model that shows routing, or (``forced``) takes it."""
+        self._engine(forced=forced)
+
+    def forced_feeds(self, routing: Sequence[LayerTrace] | None) -> dict[str, Array]:
+        """``routing`` as inputs of the form that takes it.
+
+        Raises:
+            InputError: ``routing`` does not fit the model.
+        """
+        self.check_routing(routing)
+        if routing is None:
+            return {}
+        _, dtypes = self._engine(forced=True)
+        return instrument.forced_feeds(self._layers, routing, dtypes)
+
+    def check_routing(self, routing: Sequence[LayerTrace] | None) -> None:
+        """Raise :class:`InputError` where ``routing`` does not fit the model."""
+        if routing is not None:
+            instrument.check_routing(self._layers, routing)
+
+    def outputs(self, feeds: dict[str, Array], *, forced: bool) -> dict[str, Array]:
+        """Outputs and the layers' values of one run; ``feeds`` hold the routing where it is ``forced``."""
+        engine, _ = self._engine(forced=forced)
+        return engine.run(feeds)
+
+    def finished(self, outputs: dict[str, Array], forced: dict[str, Array]) -> TracedRun:
+        """What :meth:`outputs` gave, with the routing that was forced on it."""
+        traces = instrument.layer_traces(self._layers, {**outputs, **forced})
+        return TracedRun({spec.name: outputs[spec.name] for spec in self._io.outputs}, traces)
+
+    def chunked_outputs(
+        self, ids: Ints, mask: Ints, chunks: Sequence[int], check_open: Callable[[], None]
+    ) -> dict[str, Array]:
+        """Logits [batch, sequence, vocab], and the layers' values [batch * sequence, ...]."""
         wanted = [LOGITS, *instrument.traced_values(self._layers)]
         engine, _ = self._engine(forced=False)
         stepper = CachedStepper(engine, self._io, self._limits, len(ids), wanted)
@@ -76,9 +104,14 @@ class TracedEngines:
                 rest = array.shape[2:] if name == LOGITS else array.shape[1:]
                 pieces[name].append(array.reshape(len(ids), size, *rest).copy())
         joined = {name: np.concatenate(parts, axis=1) for name, parts in pieces.items()}
-        logits = joined.pop(LOGITS)
-        rows = {name: array.reshape(-1, *array.shape[2:]) for name, array in joined.items()}
-        return TracedRun({LOGITS: logits}, instrument.layer_traces(self._layers, rows))
+        return {
+            name: array if name == LOGITS else array.reshape(-1, *array.shape[2:])
+            for name, array in joined.items()
+        }
+
+    def finished_chunked(self, outputs: dict[str, Array]) -> TracedRun:
+        """What :meth:`chunked_outputs` gave."""
+        return TracedRun({LOGITS: outputs[LOGITS]}, instrument.layer_traces(self._layers, outputs))
 
     def _engine(self, *, forced: bool) -> tuple[Engine, dict[str, np.dtype[Any]]]:
         """The engine and the dtypes of its inputs."""
@@ -107,3 +140,12 @@ class TracedEngines:
                 )
                 self._loaded[forced] = engine, dtypes
             return self._loaded[forced]
+
+
+def check_chunks(chunks: Sequence[int], length: int) -> None:
+    """Raise :class:`InputError` where ``chunks`` are no pieces of a sequence of ``length`` tokens."""
+    if any(type(size) is not int or size < 1 for size in chunks) or sum(chunks) != length:
+        raise InputError(
+            f"chunks {list(chunks)}: expected whole numbers of 1 or more that sum to the sequence length "
+            f"{length}"
+        )

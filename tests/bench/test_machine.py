@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moe_export.bench.machine import LoadMeter, describe_machine
-from moe_export.bench.memory import peak_rss_bytes, reset_peak
+from moe_export.process_memory import peak_rss_bytes, reset_peak
 
 BURN = "import time; e = time.monotonic() + 30\nwhile time.monotonic() < e: pass"
 
