@@ -44,6 +44,13 @@ from moe_export.cli.options import Assignment, common_options, json_option
     help="How ranks exchange tokens.  [default: the faster]",
 )
 @click.option(
+    "--redundant-experts",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Replicas of busy experts per MoE layer where experts are placed by their load.",
+)
+@click.option(
     "--assume",
     type=Assignment(),
     multiple=True,
@@ -66,6 +73,7 @@ def command(
     dtype: str | None,
     kv_dtype: str | None,
     ep_mode: str | None,
+    redundant_experts: int,
     assume: tuple[tuple[str, float], ...],
     plot: Path | None,
     as_json: bool,
@@ -84,6 +92,8 @@ def command(
 
     if trace is not None and zipf is not None:
         raise UsageError("--trace and --zipf both say how experts are loaded; give one of them")
+    if redundant_experts and trace is None and zipf is None:
+        raise UsageError("--redundant-experts is for uneven expert load; it needs --trace or --zipf")
     known = Assumptions().to_dict()
     for name, _ in assume:
         if name not in known:
@@ -109,6 +119,7 @@ def command(
         cache=kv_dtype or "",
         routing=routing,
         mode=ep_mode,
+        redundant_experts=redundant_experts,
         assumptions=Assumptions(**dict(assume)),
     )
     if plot is not None:

@@ -104,8 +104,11 @@ def _imbalance(plan: Plan) -> str | None:
         placed = time_text(f["placed_by_load_s"]) if "placed_by_load_s" in f else "-"
         rows.append((phase, time_text(f["seconds"]), time_text(f["waiting_s"]), over, placed))
     title = f"{what} (busiest expert {routing['max_over_mean']:.2f} x the mean)"
+    placed_title = "experts placed by load"
+    if plan.placed is not None and plan.placed.layout.redundant:
+        placed_title += f", {plan.placed.layout.redundant} redundant"
     return table(
-        (title, "time", "of it waiting for the busiest rank", "against uniform", "experts placed by load"),
+        (title, "time", "of it waiting for the busiest rank", "against uniform", placed_title),
         rows,
     )
 

@@ -6,7 +6,14 @@ passes and backends may use it as well as the command line.
 
 from __future__ import annotations
 
-from moe_export.costs.exchange import Exchange, all_reduce, all_to_all
+from moe_export.costs.exchange import (
+    Exchange,
+    Payload,
+    all_reduce,
+    all_to_all,
+    bytes_sent,
+    exchange_layer,
+)
 from moe_export.costs.formats import FORMATS, WeightFormat, weight_format
 from moe_export.costs.gpus import GPUS, Gpu, find_gpu
 from moe_export.costs.moe_kernels import (
@@ -17,7 +24,7 @@ from moe_export.costs.moe_kernels import (
     predict_layer,
 )
 from moe_export.costs.roofline import Assumptions, Time, predict
-from moe_export.costs.routing import Popularity, rank_loads, sample_counts
+from moe_export.costs.routing import Popularity, fullest_block, rank_loads, sample_counts
 from moe_export.costs.tiles import Tile
 from moe_export.costs.work import Work, attention, elementwise, grouped_matmul, matmul
 
@@ -28,6 +35,7 @@ __all__ = [
     "Exchange",
     "Gpu",
     "MoeShapes",
+    "Payload",
     "Popularity",
     "Tile",
     "Time",
@@ -36,10 +44,13 @@ __all__ = [
     "all_reduce",
     "all_to_all",
     "attention",
+    "bytes_sent",
     "choose_lowering",
     "choose_tiles",
     "elementwise",
+    "exchange_layer",
     "find_gpu",
+    "fullest_block",
     "grouped_matmul",
     "layer_tiles",
     "matmul",

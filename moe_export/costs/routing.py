@@ -75,19 +75,6 @@ class Popularity:
         """Load of the busiest expert over the mean: 1 = balanced."""
         return max(self.chances) * len(self.chances) / self.top_k if self.top_k else 0.0
 
-    def placed_by_load(self, ranks: int) -> Popularity:
-        """The same experts in another order: cut into ``ranks`` blocks, their loads are near even.
-
-        Greedy: the most popular expert first, each to the least loaded rank that has a place left.
-        """
-        experts = len(self.chances)
-        sizes = [(rank + 1) * experts // ranks - rank * experts // ranks for rank in range(ranks)]
-        blocks: list[list[float]] = [[] for _ in range(ranks)]
-        for chance in sorted(self.chances, reverse=True):
-            free = [rank for rank in range(ranks) if len(blocks[rank]) < sizes[rank]]
-            blocks[min(free, key=lambda rank: sum(blocks[rank]))].append(chance)
-        return Popularity(tuple(chance for block in blocks for chance in block))
-
     def touched(self, tokens: float) -> float:
         """Expected number of experts that at least one of ``tokens`` tokens chooses."""
         return sum(1 - (1 - chance) ** tokens for chance in self.chances)
@@ -119,34 +106,55 @@ def sample_counts(popularity: Popularity, tokens: int, samples: int, seed: int =
     """
     import numpy as np
 
-    rng = np.random.default_rng(seed)
     chances = np.asarray(popularity.chances)
-    top_k = round(popularity.top_k)
-    if tokens * len(chances) > _EXACT or not 1 <= top_k < len(chances):
-        return rng.binomial(tokens, chances, (samples, len(chances)))
-    with np.errstate(divide="ignore"):
-        rates = -np.log1p(-chances)
-        # Drawing without replacement is a race of exponential clocks: the K smallest win.
-        clocks = rng.exponential(size=(samples, tokens, len(chances))) / rates
-    order = np.argpartition(clocks, top_k - 1, axis=2)[:, :, :top_k]
+    if tokens * len(chances) > _EXACT or not 1 <= round(popularity.top_k) < len(chances):
+        return np.random.default_rng(seed).binomial(tokens, chances, (samples, len(chances)))
+    order = draw_tokens(popularity, samples * tokens, seed).reshape(samples, -1)
     counts = np.zeros((samples, len(chances)), np.int64)
     for sample in range(samples):
-        counts[sample] = np.bincount(order[sample].ravel(), minlength=len(chances))
+        counts[sample] = np.bincount(order[sample], minlength=len(chances))
     return counts
 
 
-def rank_loads(counts: NDArray[np.int64], ranks: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows and used experts per rank, each int64 [samples, ranks]: contiguous blocks of experts.
+def rank_loads(
+    counts: NDArray[np.int64], shares: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Rows and used experts per rank, expected, each float64 [samples, ranks].
 
-    Raises:
-        UsageError: more ranks than experts.
+    ``shares`` [E, ranks]: what share of each expert's rows each rank computes. Where an expert has replicas,
+    each row takes one of them at random.
     """
     import numpy as np
 
-    experts = counts.shape[1]
-    if not 1 <= ranks <= experts:
-        raise UsageError(f"{ranks} ranks for {experts} experts; expected 1 to {experts}")
-    starts = [rank * experts // ranks for rank in range(ranks)]
-    rows = np.add.reduceat(counts, starts, axis=1)
-    used = np.add.reduceat((counts > 0).astype(np.int64), starts, axis=1)
-    return rows, used
+    used = np.stack([1.0 - (1.0 - shares) ** row[:, None] for row in counts.astype(np.float64)])
+    return counts @ shares, used.sum(axis=1)
+
+
+def draw_tokens(popularity: Popularity, tokens: int, seed: int = 0) -> NDArray[np.int64]:
+    """Experts of ``tokens`` drawn tokens: int64 [tokens, K], none twice for a token."""
+    import numpy as np
+
+    chances, top_k = np.asarray(popularity.chances), round(popularity.top_k)
+    if not 1 <= top_k < len(chances):
+        return np.broadcast_to(np.arange(len(chances)), (tokens, len(chances)))
+    with np.errstate(divide="ignore"):
+        # Drawing without replacement is a race of exponential clocks: the K smallest win.
+        clocks = np.random.default_rng(seed).exponential(size=(tokens, len(chances))) / -np.log1p(-chances)
+    return np.argpartition(clocks, top_k - 1, axis=1)[:, :top_k]
+
+
+def fullest_block(
+    popularity: Popularity, shares: NDArray[np.float64], tokens: int, samples: int, seed: int = 0
+) -> float:
+    """Rows of the fullest block when each rank sends its ``tokens`` to the ranks that have their experts.
+
+    A block is what one rank sends to one rank (itself included): each token once, however many of its experts
+    are there. All blocks get the rows of the fullest. The mean of ``samples`` drawn batches.
+    """
+    import numpy as np
+
+    chosen = draw_tokens(popularity, 64 * samples, seed)
+    visits = 1.0 - np.prod(1.0 - shares[chosen], axis=1).mean(axis=0)  # chance that a token goes to each rank
+    ranks = len(visits)
+    blocks = np.random.default_rng(seed).binomial(tokens, np.clip(visits, 0.0, 1.0), (samples, ranks, ranks))
+    return float(blocks.max(axis=(1, 2)).mean())

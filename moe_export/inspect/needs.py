@@ -97,21 +97,26 @@ def work_facts(arch: Architecture, load: Workload) -> dict[str, Any]:
     return facts
 
 
-def rank_bytes(arch: Architecture, load: Workload, ranks: int, sequences: int) -> int:
+def rank_bytes(
+    arch: Architecture, load: Workload, ranks: int, sequences: int, redundant: int = 0
+) -> int:
     """Weights and cache on the fullest of ``ranks`` GPUs that share the experts, in bytes.
 
-    Everything but the routed experts is on each; ``sequences`` is how many sequences' cache it keeps.
+    Everything but the routed experts is on each; ``sequences`` is how many sequences' cache it keeps, and
+    ``redundant`` slots per MoE layer hold replicas of experts.
     """
-    return _sizes(arch, load)(ranks, sequences)
+    return _sizes(arch, load, redundant)(ranks, sequences)
 
 
-def _sizes(arch: Architecture, load: Workload) -> Callable[[int, int], int]:
+def _sizes(arch: Architecture, load: Workload, redundant: int = 0) -> Callable[[int, int], int]:
     """:func:`rank_bytes` for any ranks and sequences, what does not depend on them counted once."""
     counts, one = arch.parameters(), sequence_bytes(arch, load)
     blocks = Counter((moe.experts, moe.expert_parameters) for moe in arch.moe_layers)
 
     def size(ranks: int, sequences: int) -> int:
-        held = sum(-(-experts // ranks) * each * layers for (experts, each), layers in blocks.items())
+        held = sum(
+            -(-(experts + redundant) // ranks) * each * layers for (experts, each), layers in blocks.items()
+        )
         return load.weights.bytes_of(counts | {"routed_experts": held}) + sequences * one
 
     return size

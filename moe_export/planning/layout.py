@@ -19,13 +19,18 @@ class Layout:
 
     ``allreduce``: each rank has its experts and all of the rest, and sees all sequences of its replica; one
     all-reduce per MoE layer. ``alltoall``: the same weights, but sequences are divided over the ranks; two
-    all-to-alls per MoE layer. ``tensor``: every matrix and head divided evenly, two all-reduces per layer.
-    ``single``: one GPU per copy.
+    exchanges of tokens per MoE layer, there and back. ``tensor``: every matrix and head divided evenly, two
+    all-reduces per layer. ``single``: one GPU per copy.
     """
 
     mode: Mode
     ranks: int
     replicas: int
+    redundant: int = 0
+    """Slots per MoE layer that hold replicas of busy experts."""
+    full_blocks: bool = False
+    """Of ``alltoall``: blocks have room for all tokens of a rank, as in TensorRT plans, whose shapes cannot
+    depend on the routing; otherwise all are as large as the fullest has to be."""
 
     def sequences(self, batch: int) -> int:
         """Sequences of the fullest replica."""
@@ -41,14 +46,14 @@ class Layout:
         if self.mode == "tensor":
             cache = self.sequences(load.batch) * sequence_bytes(arch, load)
             return (load.weights.bytes_of(arch.parameters()) + cache) / self.ranks
-        return rank_bytes(arch, load, self.ranks, self.own_sequences(load.batch))
+        return rank_bytes(arch, load, self.ranks, self.own_sequences(load.batch), self.redundant)
 
     def largest_batch(self, arch: Architecture, load: Workload, room: float) -> int:
         """The largest batch at the workload's context that fits into ``room`` bytes per GPU; 0 for none."""
         if self.mode == "tensor":
             left = room * self.ranks - load.weights.bytes_of(arch.parameters())
         else:
-            left = room - rank_bytes(arch, load, self.ranks, 0)
+            left = room - rank_bytes(arch, load, self.ranks, 0, self.redundant)
         if left < 0:
             return 0
         own = int(left // max(sequence_bytes(arch, load), 1))

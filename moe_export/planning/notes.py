@@ -30,6 +30,11 @@ def notes(
         found.append(
             "linear attention at prefill is counted as its recurrence: the least arithmetic there is"
         )
+    if any(layout.mode == "alltoall" for layout in layouts):
+        found.append(
+            "alltoall: blocks as large as the fullest has to be; TensorRT plans of moe-export have room for "
+            "all tokens of a rank in each, so they send more (docs/expert-parallel.md, Predicted)"
+        )
     if arch.encoder_decoder:
         found.append("encoder and decoder both hold the context; prefill is the encoder")
     if not fits:

@@ -158,6 +158,7 @@ class Plan:
             placed = None if self.placed is None else getattr(self.placed, phase)
             if placed is not None:
                 facts[phase]["placed_by_load_s"] = placed.time.seconds
+                facts[phase]["placed_waiting_s"] = placed.waiting
         return facts
 
 
@@ -172,12 +173,14 @@ def make_plan(
     cache: str = "",
     routing: Routing | None = None,
     mode: str | None = None,
+    redundant_experts: int = 0,
     assumptions: Assumptions | None = None,
 ) -> Plan:
     """Predict what serving ``model`` on ``gpus`` times ``gpu`` takes.
 
     ``context``: tokens in the cache of each of ``batch`` sequences, and of each prompt at prefill. ``mode``:
     ``allreduce`` or ``alltoall``; the faster by default. ``routing``: uniform by default.
+    ``redundant_experts``: replicas per MoE layer where experts are placed by their load.
 
     Raises:
         UsageError: numbers below 1, an unknown mode or format.
@@ -197,8 +200,8 @@ def make_plan(
     if best is not None and routing.kind != "uniform":
         uniform = _option(arch, best.layout, load, uniform_routing(arch), machine)
         if best.layout.ranks > 1:
-            even = routing.placed_by_load(best.layout.ranks)
-            placed = _option(arch, best.layout, load, even, machine)
+            way = replace(best.layout, redundant=redundant_experts)
+            placed = _option(arch, way, load, routing.placed_by_load(), machine)
     dense: dict[str, Dense] = {}
     if arch.moe_layers:
         none = Routing("uniform", ())

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moe_export.costs import Popularity
+from moe_export.costs import Popularity, fullest_block
 from moe_export.inspect.architecture import Architecture
-from moe_export.placement import read_load_trace
+from moe_export.placement import contiguous, place, rank_shares, read_load_trace
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -19,11 +23,20 @@ class Routing:
     kind: str
     layers: tuple[Popularity, ...]
     facts: tuple[tuple[str, Any], ...] = ()
+    balanced: bool = False
+    """Experts lie on ranks by their load; otherwise in their order."""
 
-    def placed_by_load(self, ranks: int) -> Routing:
-        """The same routing, every layer's experts placed on ``ranks`` so that their loads are near even."""
-        placed = {layer: layer.placed_by_load(ranks) for layer in set(self.layers)}
-        return replace(self, layers=tuple(placed[layer] for layer in self.layers))
+    def placed_by_load(self) -> Routing:
+        """The same routing, every layer's experts placed so that the loads of ranks are near even."""
+        return replace(self, balanced=True)
+
+    def shares(self, layer: Popularity, ranks: int, redundant: int) -> NDArray[np.float64]:
+        """What share of each expert's rows each rank computes, float64 [E, ranks]."""
+        return _shares(layer, ranks, redundant, self.balanced)
+
+    def block(self, layer: Popularity, ranks: int, redundant: int, tokens: int) -> float:
+        """Rows of the fullest block of an all-to-all, each rank having ``tokens``."""
+        return _block(layer, ranks, redundant, self.balanced, tokens, self.samples)
 
     @cached_property
     def samples(self) -> int:
@@ -35,6 +48,23 @@ class Routing:
         loads = [layer.max_over_mean for layer in self.layers]
         mean = sum(loads) / len(loads) if loads else None
         return {"kind": self.kind, **dict(self.facts), "max_over_mean": mean}
+
+
+@lru_cache(maxsize=1024)
+def _shares(layer: Popularity, ranks: int, redundant: int, balanced: bool) -> NDArray[np.float64]:
+    experts = len(layer.chances)
+    if balanced:
+        (placement,) = place([layer.chances], ranks, redundant=redundant)
+    else:
+        (placement,) = contiguous([experts], ranks)
+    return rank_shares(placement, experts)
+
+
+@lru_cache(maxsize=4096)
+def _block(
+    layer: Popularity, ranks: int, redundant: int, balanced: bool, tokens: int, samples: int
+) -> float:
+    return fullest_block(layer, _shares(layer, ranks, redundant, balanced), tokens, samples)
 
 
 def uniform_routing(arch: Architecture) -> Routing:

@@ -10,10 +10,12 @@ from typing import Any
 from moe_export.costs import (
     Assumptions,
     Gpu,
+    Payload,
     Popularity,
     Time,
     all_reduce,
-    all_to_all,
+    bytes_sent,
+    exchange_layer,
     predict,
     rank_loads,
     sample_counts,
@@ -29,7 +31,7 @@ from moe_export.inspect.model_costs import (
     shared_kernels,
 )
 from moe_export.inspect.needs import Workload
-from moe_export.planning.layout import Layout
+from moe_export.planning.layout import EP_MODES, Layout
 from moe_export.planning.routing import Routing
 
 
@@ -81,14 +83,15 @@ def predict_step(
 ) -> Prediction:
     """One pass of one replica that has its share of ``load.batch`` sequences.
 
-    Decode: one token for each sequence. Prefill: one whole sequence per rank that has any (``alltoall``), or
-    one for all ranks of the replica.
+    Decode: one token for each sequence. Prefill: one whole sequence per rank (``alltoall``), or one for all
+    ranks of the replica. With ``alltoall`` every rank has as many as the fullest: a rank without one of its
+    own repeats another, as the runtime does.
     """
     mine = layout.sequences(load.batch)
     own = layout.own_sequences(load.batch) if phase == "decode" else 1
-    together = mine
-    if phase == "prefill":
-        together = min(mine, layout.ranks) if layout.mode == "alltoall" else 1
+    together = mine if phase == "decode" else 1
+    if layout.mode == "alltoall":
+        together = own * layout.ranks
     split = layout.ranks if layout.mode == "tensor" else 1
     step = Step(phase, own, load.context)
     total = Time()
@@ -100,15 +103,18 @@ def predict_step(
     tokens = Step(phase, together, load.context).tokens
     mean = sent = 0.0
     for moe, popularity, count in _moe_layers(arch, phase, routing):
-        slowest, average, rows = _experts(
+        slowest, average = _experts(
             arch, moe, popularity, round(tokens), step, layout, load, routing, machine
         )
         total += slowest * count
         parts["routed_experts"] += slowest.seconds * count
         mean += average * count
-        time, size = _exchange(layout, tokens, rows, arch.hidden * load.weights.activation_bytes, machine)
-        total += time * count
-        sent += size * count
+        if layout.mode in EP_MODES:
+            each = load.weights.activation_bytes
+            payload = _payload(arch.hidden, moe, popularity, tokens, layout, routing, each)
+            exchange = exchange_layer(payload, machine.gpu, machine.assumptions)
+            total += exchange.time * count
+            sent += exchange.bytes * count
     if layout.mode == "tensor":
         one = all_reduce(
             step.tokens * arch.hidden * load.weights.activation_bytes,
@@ -146,12 +152,12 @@ def _experts(
     load: Workload,
     routing: Routing,
     machine: Machine,
-) -> tuple[Time, float, float]:
-    """Time of the busiest rank, mean of all ranks, rows of the fullest rank; means over drawn batches."""
+) -> tuple[Time, float]:
+    """Time of the busiest rank, mean of all ranks; means over drawn batches."""
     import numpy as np
 
-    ranks = layout.ranks
-    rows, used = rank_loads(sample_counts(popularity, tokens, routing.samples), ranks)
+    shares = routing.shares(popularity, layout.ranks, layout.redundant)
+    rows, used = rank_loads(sample_counts(popularity, tokens, routing.samples), shares)
     per_row = expert_work(moe, 1, 0, load.weights) + movement_work(arch, 0, 1, load.weights)
     per_expert = expert_work(moe, 0, 1, load.weights)
     fixed = movement_work(arch, step.tokens, 0, load.weights)
@@ -172,16 +178,30 @@ def _experts(
         compute=float(slowest[computing].sum()) * share,
         overhead=overhead,
     )
-    return time, float(seconds.mean()) + overhead, float(rows.max(axis=1).mean())
+    return time, float(seconds.mean()) + overhead
 
 
-def _exchange(layout: Layout, tokens: float, rows: float, width: int, machine: Machine) -> tuple[Time, float]:
-    """Exchange of one MoE layer, ``width`` bytes per token: time, and bytes that one rank sends."""
-    if layout.mode == "allreduce":
-        one = all_reduce(tokens * width, layout.ranks, machine.gpu, machine.assumptions)
-        return one.time, one.bytes
-    if layout.mode == "alltoall":
-        # Blocks of equal size, as large as the fullest rank's share from each rank; there and back.
-        one = all_to_all(rows * width, layout.ranks, machine.gpu, machine.assumptions)
-        return one.time * 2, one.bytes * 2
-    return Time(), 0.0
+def _payload(
+    hidden: int,
+    moe: MoE,
+    popularity: Popularity,
+    tokens: float,
+    layout: Layout,
+    routing: Routing,
+    each: int,
+) -> Payload:
+    """What one rank exchanges in one MoE layer; ``tokens`` of all ranks, ``each`` bytes per number sent."""
+    ranks = layout.ranks
+    if layout.mode != "alltoall":
+        return bytes_sent("allreduce", ranks=ranks, hidden=hidden, top_k=moe.top_k, tokens=tokens)
+    own = round(tokens / ranks)
+    rows = float(own) if layout.full_blocks else routing.block(popularity, ranks, layout.redundant, own)
+    return bytes_sent(
+        "alltoall",
+        ranks=ranks,
+        hidden=hidden,
+        top_k=moe.top_k,
+        capacity=rows,
+        each=each,
+        load_known=not layout.full_blocks,
+    )

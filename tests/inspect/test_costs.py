@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from moe_export.costs import (
     FORMATS,
@@ -16,7 +17,10 @@ from moe_export.costs import (
     Work,
     all_reduce,
     all_to_all,
+    bytes_sent,
+    exchange_layer,
     find_gpu,
+    fullest_block,
     grouped_matmul,
     matmul,
     predict,
@@ -24,7 +28,9 @@ from moe_export.costs import (
     sample_counts,
     weight_format,
 )
+from moe_export.costs.routing import draw_tokens
 from moe_export.errors import UsageError
+from moe_export.placement import contiguous, rank_shares
 
 IDEAL = Assumptions(compute=1, memory=1, link=1, kernel_s=0, exchange_s=0)
 
@@ -184,24 +190,66 @@ def test_one_token_uses_k_experts() -> None:
     assert Popularity.uniform(8, 2).touched(10_000) == pytest.approx(8)
 
 
-def test_rank_loads_cut_experts_into_blocks() -> None:
+def shares(ranks: int, experts: int) -> NDArray[np.float64]:
+    return rank_shares(contiguous([experts], ranks)[0], experts)
+
+
+def test_rank_loads_follow_the_placement() -> None:
     counts = np.array([[5, 0, 1, 2, 0]])
-    rows, used = rank_loads(counts, 2)
+    rows, used = rank_loads(counts, shares(2, 5))
     assert (rows.tolist(), used.tolist()) == ([[5, 3]], [[1, 2]])
-    assert rank_loads(counts, 5)[0].tolist() == counts.tolist()
-    assert rank_loads(counts, 1)[0].tolist() == [[8]]
-    with pytest.raises(UsageError, match="6 ranks for 5 experts"):
-        rank_loads(counts, 6)
+    assert rank_loads(counts, shares(5, 5))[0].tolist() == counts.tolist()
+    assert rank_loads(counts, shares(1, 5))[0].tolist() == [[8]]
+    halves = np.array([[0.5, 0.5], [1, 0], [0, 1], [0, 1], [0, 1]])
+    rows, used = rank_loads(counts, halves)
+    assert rows.tolist() == [[2.5, 5.5]]
+    assert used[0] == pytest.approx([1 - 0.5**5, 3 - 0.5**5 - 0])  # five tokens, each to either replica
 
 
-def test_placement_by_load_evens_ranks_out() -> None:
-    popularity = Popularity.from_counts([90, 80, 70, 60, 5, 5, 5, 5, 5], 100)
-    placed = popularity.placed_by_load(4)
-    assert sorted(placed.chances) == sorted(popularity.chances)
-    loads, before = (rank_loads(np.array([p.chances]) * 100, 4)[0][0] for p in (placed, popularity))
-    assert before.max() == pytest.approx(170)
-    assert loads.max() == pytest.approx(95)  # every rank has room for two, so the 90 gets a 5 too
-    assert Popularity.uniform(8, 2).placed_by_load(3) == Popularity.uniform(8, 2)
+@pytest.mark.parametrize(("ranks", "exponent"), [(2, 0.0), (4, 0.0), (4, 1.0), (8, 1.5)])
+def test_blocks_hold_each_token_once(ranks: int, exponent: float) -> None:
+    """Against tokens that are drawn one by one and sent to the ranks that have their experts."""
+    popularity, tokens = Popularity.zipf(8, 2, exponent), 40
+    owner = shares(ranks, 8).argmax(axis=1)
+    fullest = []
+    for batch in range(60):
+        went = owner[draw_tokens(popularity, ranks * tokens, seed=100 + batch)].reshape(ranks, tokens, 2)
+        blocks = [[(own == to).any(axis=1).sum() for to in range(ranks)] for own in went]
+        fullest.append(np.max(blocks))
+    found = fullest_block(popularity, shares(ranks, 8), tokens, 32)
+    assert found == pytest.approx(np.mean(fullest), rel=0.06)
+    assert found <= tokens
+
+
+def test_one_token_fills_one_row() -> None:
+    assert fullest_block(Popularity.uniform(8, 2), shares(4, 8), 1, 8) == 1.0
+    assert fullest_block(Popularity.uniform(2, 2), shares(2, 2), 7, 8) == 7.0  # every token uses every expert
+
+
+def test_bytes_sent_by_a_rank() -> None:
+    """Counted on arrays that are cut and sent as the engine's collectives are."""
+    ranks, hidden, top_k, tokens, capacity = 4, 6, 2, 10, 7
+    rows = np.zeros((ranks * capacity, hidden), np.float16)
+    route = np.zeros((ranks * capacity, 2 * top_k), np.float32)
+    away = (ranks - 1) * capacity
+    there, back = rows[:away].nbytes + route[:away].nbytes, rows[:away].nbytes
+    sized = bytes_sent("alltoall", ranks=ranks, hidden=hidden, top_k=top_k, capacity=capacity, each=2)
+    assert (sized.moved, sized.reduced) == (there + back, 8)
+    full = bytes_sent(
+        "alltoall", ranks=ranks, hidden=hidden, top_k=top_k, capacity=capacity, each=2, load_known=False
+    )
+    assert (full.moved, full.sent) == (there + back, there + back)
+    summed = bytes_sent("allreduce", ranks=ranks, hidden=hidden, top_k=top_k, tokens=tokens)
+    assert summed.reduced == np.zeros((tokens, hidden), np.float32).nbytes
+    assert summed.sent == 2 * 3 / 4 * summed.reduced
+    assert bytes_sent("alltoall", ranks=1, hidden=6, top_k=2, capacity=7).sent == 0
+    with pytest.raises(UsageError, match="choices: allreduce, alltoall"):
+        bytes_sent("ring", ranks=2, hidden=6, top_k=2)  # type: ignore[arg-type]  # wrong on purpose
+    for payload in (sized, full, summed):
+        assert exchange_layer(payload, GPUS["h100"], IDEAL).bytes == pytest.approx(payload.sent)
+    assert exchange_layer(sized, GPUS["h100"], Assumptions()).time.seconds > 4 * Assumptions().exchange_s
+    two_machines = bytes_sent("alltoall", ranks=32, hidden=6, top_k=2, capacity=1)
+    assert exchange_layer(two_machines, GPUS["h100"], IDEAL).network_bytes > 0
 
 
 def test_popularity_from_counts() -> None:

@@ -71,15 +71,65 @@ def test_exchange_bytes_follow_the_formulas() -> None:
     machine = Machine(GPUS["h100"], IDEAL)
     uniform = uniform_routing(arch)
     reduced = predict_step(arch, Layout("allreduce", 8, 1), "decode", load, uniform, machine)
-    assert reduced.exchange_bytes == pytest.approx(32 * 2 * 7 / 8 * 64 * 4096 * 2)
+    assert reduced.exchange_bytes == pytest.approx(32 * 2 * 7 / 8 * 64 * 4096 * 4)  # summed in float32
     moved = predict_step(arch, Layout("alltoall", 8, 1), "decode", load, uniform, machine)
-    even = 32 * 2 * 7 / 8 * (64 * 2 / 8) * 4096 * 2  # there and back, each rank's share of rows
-    assert even < moved.exchange_bytes < 2.5 * even  # blocks are as large as the fullest
+    row = 2 * 4096 * 2 + 2 * 2 * 4  # there and back, and two slots and weights
+    assert 32 * 7 * 2 * row < moved.exchange_bytes < 32 * 7 * 8 * row  # the fullest has more than the mean, 2
+    whole = Layout("alltoall", 8, 1, full_blocks=True)
+    full = predict_step(arch, whole, "decode", load, uniform, machine)
+    assert full.exchange_bytes == pytest.approx(32 * 7 * 8 * row)  # room for the rank's 8 tokens
     assert reduced.parts["exchange"] == reduced.time.exchange
     tensor = predict_step(
         arch.dense_like("total"), Layout("tensor", 8, 1), "decode", load, Routing("uniform", ()), machine
     )
     assert tensor.exchange_bytes == pytest.approx(2 * 32 * 2 * 7 / 8 * 64 * 4096 * 2)
+
+
+def test_a_token_is_sent_once_to_a_rank_however_many_of_its_experts_are_there() -> None:
+    arch, machine = arch_of("mixtral-8x7b"), Machine(GPUS["h100"], IDEAL)
+    load = Workload(BF16, context=4096, batch=2)
+    two = Layout("alltoall", 2, 1)
+    moved = predict_step(arch, two, "prefill", load, uniform_routing(arch), machine).exchange_bytes
+    visits = 1 - (4 * 3) / (8 * 7)  # a rank with 4 of 8 experts, two choices
+    row = 2 * 4096 * 2 + 2 * 2 * 4
+    assert moved == pytest.approx(32 * 4096 * visits * row, rel=0.03)
+
+
+def test_skew_costs_exchange_and_placement_saves_it() -> None:
+    arch, machine = arch_of("qwen3-30b-a3b"), Machine(GPUS["h100"], IDEAL)
+    load, way = Workload(BF16, context=4096, batch=8), Layout("alltoall", 8, 1)
+    skewed = zipf_routing(arch, 1.0)
+    sent = {
+        name: predict_step(arch, layout, "prefill", load, routing, machine)
+        for name, layout, routing in (
+            ("uniform", way, uniform_routing(arch)),
+            ("skewed", way, skewed),
+            ("placed", way, skewed.placed_by_load()),
+            ("replicated", Layout("alltoall", 8, 1, redundant=16), skewed.placed_by_load()),
+        )
+    }
+    assert sent["uniform"].exchange_bytes < sent["placed"].exchange_bytes < sent["skewed"].exchange_bytes
+    assert sent["replicated"].waiting < sent["placed"].waiting < sent["skewed"].waiting
+
+
+def test_ranks_without_a_sequence_repeat_one() -> None:
+    arch, machine = arch_of("mixtral-8x7b"), Machine(GPUS["h100"], IDEAL)
+    way, uniform = Layout("alltoall", 8, 1), uniform_routing(arch)
+    for phase in ("prefill", "decode"):
+        one, eight = (
+            predict_step(arch, way, phase, Workload(BF16, context=256, batch=batch), uniform, machine)
+            for batch in (1, 8)
+        )
+        assert one == eight
+
+
+def test_replicas_take_memory() -> None:
+    arch, load = arch_of("mixtral-8x7b"), Workload(BF16, context=128)
+    more = Layout("allreduce", 8, 1, redundant=8).memory(arch, load)
+    one = 2 * arch.parameters()["routed_experts"] / 8
+    assert more - Layout("allreduce", 8, 1).memory(arch, load) == one
+    assert Layout("allreduce", 8, 1, redundant=8).largest_batch(arch, load, more + 1) >= 1
+    assert Layout("allreduce", 8, 1, redundant=8).largest_batch(arch, load, more - one) == 0
 
 
 def test_parts_sum_to_the_time() -> None:
@@ -190,8 +240,8 @@ def test_it_pays_at_prefill() -> None:
 
 def test_skew_costs_time_at_prefill() -> None:
     arch = arch_of("qwen3-30b-a3b")
-    even = plan("qwen3-30b-a3b", gpus=8)
-    skewed = plan("qwen3-30b-a3b", gpus=8, routing=zipf_routing(arch, 1.0))
+    even = plan("qwen3-30b-a3b", gpu="l4", gpus=8)
+    skewed = plan("qwen3-30b-a3b", gpu="l4", gpus=8, routing=zipf_routing(arch, 1.0))
     assert even.best is not None and skewed.best is not None
     assert even.best.prefill is not None and skewed.uniform is not None
     facts = skewed.imbalance()
@@ -203,7 +253,11 @@ def test_skew_costs_time_at_prefill() -> None:
     assert facts["prefill"]["uniform_routing_s"] < facts["prefill"]["placed_by_load_s"]
     assert facts["prefill"]["placed_by_load_s"] < 0.9 * facts["prefill"]["seconds"]
     assert "placed_by_load_s" not in (even.imbalance() or {})["prefill"]
-    flat = plan("qwen3-30b-a3b", gpus=8, routing=zipf_routing(arch, 0.0))
+    more = plan("qwen3-30b-a3b", gpu="l4", gpus=8, routing=zipf_routing(arch, 1.0), redundant_experts=16)
+    assert more.placed is not None and skewed.placed is not None
+    assert more.placed.memory > skewed.placed.memory
+    assert (more.imbalance() or {})["prefill"]["placed_by_load_s"] <= facts["prefill"]["placed_by_load_s"]
+    flat = plan("qwen3-30b-a3b", gpu="l4", gpus=8, routing=zipf_routing(arch, 0.0))
     assert flat.best is not None and flat.best.decode is not None and even.best.decode is not None
     assert flat.best.decode.time.seconds == pytest.approx(even.best.decode.time.seconds, rel=0.05)
 
@@ -291,6 +345,7 @@ def test_notes_of_a_plan() -> None:
     old = plan("deepseek-v3", gpu="a100-80", gpus=32, weights=weight_format("float8"))
     assert any("no float8 arithmetic" in note for note in old.notes)
     assert any("latent" in note for note in old.notes)
+    assert any("room for all tokens" in note for note in plan("mixtral-8x22b", mode="alltoall").notes)
     assert any("linear attention" in note for note in plan("qwen3-next-80b-a3b").notes)
 
 
