@@ -15,8 +15,6 @@ from ..schema import Decision, EngineFile, ExpertParallel, ModelIO, MoELayer
 from .weight_files import place_weights
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
     from ..importer.export import ExportedModel
 
 MODEL_FILE = "model.onnx"
@@ -81,23 +79,8 @@ class Backend(ABC):
         Raises:
             ExportError: a pass broke the graph. OSError: the folder cannot be written.
         """
-        plan: ExpertParallel | None = options.get("expert_parallel")
-        if plan is None:
-            return self._build_one(exported, exported.model, folder, options)
-        ranks = []
-        for rank in range(plan.ranks):
-            own = folder / plan.folder(rank)
-            own.mkdir()
-            # A rank's graph is made from a copy, whose weights are the original's until they are sliced.
-            model = exported.model.clone()
-            ranks.append(self._build_one(exported, model, own, {**options, "rank": rank}))
-        return _all_ranks(plan, ranks)
-
-    def _build_one(
-        self, exported: ExportedModel, model: ir.Model, folder: Path, options: Mapping[str, Any]
-    ) -> Lowered:
         context = PassContext(
-            model,
+            exported.model,
             exported.io,
             exported.moe_layers,
             exported.dtype,
@@ -107,7 +90,27 @@ class Backend(ABC):
             list(exported.notes),
             float32_weights=exported.float32_weights,
         )
-        run_pipeline(self.name, context)
+        plan: ExpertParallel | None = options.get("expert_parallel")
+        if plan is None:
+            run_pipeline(self.name, context)
+            return self._lowered(context, folder)
+        run_pipeline(self.name, context, "shared")
+        ranks = []
+        for rank in range(plan.ranks):
+            (folder / plan.folder(rank)).mkdir()
+            own = dataclasses.replace(
+                context,
+                model=context.model.clone(),  # its weights are the original's, until they are sliced
+                options={**context.options, "rank": rank},
+                decisions=list(context.decisions),
+                notes=list(context.notes),
+            )
+            run_pipeline(self.name, own, "rank")
+            ranks.append(self._lowered(own, folder / plan.folder(rank)))
+        return _all_ranks(plan, ranks)
+
+    def _lowered(self, context: PassContext, folder: Path) -> Lowered:
+        """Write what the passes have made."""
         plans = self._write(context, folder) or Plans()
         return Lowered(
             context.io,
@@ -168,8 +171,6 @@ def _all_ranks(plan: ExpertParallel, ranks: Sequence[Lowered]) -> Lowered:
 
 def write_onnx(context: PassContext, folder: Path) -> None:
     """Write ``model.onnx`` with its weights in ``model.onnx.data``, or where the checkpoint has them."""
-    import onnx_ir as ir
-
     model = context.model
     model.graph.sort()
     # Traces of the passes' own work, most of a small file.

@@ -198,7 +198,7 @@ class _Divider:
         if self._on_gpu:
             # Shapes of a plan cannot depend on values: as many rows as there are tokens always suffice.
             return self._op("Shape", [slots], domain="", start=0, end=1)
-        load = self._op("RankLoad", [slots], **sizes)
+        load = self._op("RankLoad", [slots], DOMAIN, **sizes)
         load = self._op("AllReduce", [load], ranks=plan.ranks, reduce="max")
         if plan.overflow == "exact":
             return load
@@ -247,7 +247,8 @@ class _Divider:
         if held is not None:
             return held
         tensor = ir.tensor(array, name=name)
-        value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
+        kind, shape = ir.TensorType(tensor.dtype), ir.Shape(array.shape)
+        value = ir.Value(name=name, const_value=tensor, type=kind, shape=shape)
         self._graph.register_initializer(value)
         return value
 
@@ -277,7 +278,7 @@ def _region(nodes: ExpertNodes) -> tuple[list[ir.Node], list[str]]:
             continue
         node = value.producer()
         if node is None or id(node) not in readers:
-            if not _constant_node(node):
+            if any(v.producer() is None and v.const_value is None for v in _ancestors(value)):
                 foreign.append(value.name or "a value")
             continue
         if id(node) not in found:
@@ -286,16 +287,6 @@ def _region(nodes: ExpertNodes) -> tuple[list[ir.Node], list[str]]:
     if id(nodes.gather) not in found:
         found[id(nodes.gather)] = nodes.gather
     return [*found.values()], foreign
-
-
-def _constant_node(node: ir.Node | None) -> bool:
-    """Whether a node's result does not depend on the model's inputs."""
-    if node is None:
-        return False
-    return all(
-        value is None or value.const_value is not None or _constant_node(value.producer())
-        for value in node.inputs
-    )
 
 
 def _descendants(values: Iterable[ir.Value]) -> set[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from ..errors import UsageError, choices_text
 from .attach_router import AttachRouter
 from .base import Pass, PassContext
@@ -53,13 +55,19 @@ PIPELINES: dict[str, tuple[type[Pass], ...]] = {
 """Target → its passes. A pass may rely on those before it."""
 
 
-def run_pipeline(target: str, context: PassContext) -> None:
+def run_pipeline(target: str, context: PassContext, part: Literal["all", "shared", "rank"] = "all") -> None:
     """Run the passes of ``target`` on ``context``.
+
+    ``part``: of an expert-parallel model, ``shared`` are those before the experts are divided, the same for
+    all ranks; ``rank`` are the others.
 
     Raises:
         UsageError: no such target.
     """
     if target not in PIPELINES:
         raise UsageError(f"unknown target {target!r}; {choices_text(target, PIPELINES)}")
-    for cls in PIPELINES[target]:
+    passes = PIPELINES[target]
+    divided = passes.index(DivideExperts) if DivideExperts in passes else len(passes)
+    chosen = {"all": passes, "shared": passes[:divided], "rank": passes[divided:]}[part]
+    for cls in chosen:
         cls().apply(context)
