@@ -171,6 +171,8 @@ def _all_ranks(plan: ExpertParallel, ranks: Sequence[Lowered]) -> Lowered:
 
 def write_onnx(context: PassContext, folder: Path) -> None:
     """Write ``model.onnx`` with its weights in ``model.onnx.data``, or where the checkpoint has them."""
+    import onnx_ir as ir
+
     model = context.model
     model.graph.sort()
     # Traces of the passes' own work, most of a small file.
