@@ -1,0 +1,308 @@
+"""What goes wrong on one rank ends all of them within the time limit, with one clear error and no numbers."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import psutil
+import pytest
+from onnx import numpy_helper
+
+from moe_export.bundle.manifest import read_manifest
+from tests.expert_parallel.mpi import COMMAND, Done, finish, mpiexec, needs_mpi, script, start
+from tests.helpers.rank_bundle import make_rank_bundle
+from tests.helpers.tiny_bundle import make_tiny_bundle, write_manifest
+
+pytestmark = needs_mpi
+
+LIMIT = 4.0
+"""The ranks' time limit in these tests, in seconds."""
+SLACK = 12.0
+"""What starting and ending processes may take on a busy machine."""
+
+LOOP = """
+import os, sys, time
+from pathlib import Path
+from moe_export.runtime import launched, load, serve_rank
+bundle, folder = sys.argv[1], Path(sys.argv[2])
+rank = launched().rank
+(folder / f"pid{rank}").write_text(str(os.getpid()))
+if rank:
+    serve_rank(bundle, threads=1)
+else:
+    with load(bundle, threads=1) as session:
+        ended = time.monotonic() + 60
+        while time.monotonic() < ended:
+            session.generate("hello", max_new_tokens=20)
+            (folder / "running").touch()
+    print("numbers")
+"""
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return make_rank_bundle(tmp_path / "bundle", 3, "alltoall")
+
+
+def run(bundle: Path, ranks: int = 3, *words: str) -> Done:
+    prompt = words or ("--prompt", "hello", "--max-new-tokens", "3")
+    return mpiexec(ranks, COMMAND, "run", bundle, *prompt, MOE_EXPORT_EP_TIMEOUT=str(LIMIT))
+
+
+def check(done: Done, pattern: str, code: int = 2) -> None:
+    """One error, which says what happened; no numbers; ended in time."""
+    assert done.code == code, (done.code, done.err)
+    assert len(done.errors) == 1, done.err
+    assert re.search(pattern, done.errors[0]), done.errors[0]
+    assert done.out == ""
+    assert "Traceback" not in done.err
+    assert done.seconds < LIMIT + 10 + SLACK
+
+
+def disturbed(folder: Path, bundle: Path, rank: int, act: int, text: str = LOOP) -> tuple[Done, float]:
+    """How a loop of generations ends after the process of ``rank`` got the signal ``act``, and after how many
+    seconds."""
+    process = start([*script(folder, "loop", text), bundle, folder], 3, MOE_EXPORT_EP_TIMEOUT=str(LIMIT))
+    until = time.monotonic() + 60
+    while not (folder / "running").exists():
+        assert time.monotonic() < until and process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    began = time.monotonic()
+    os.kill(int((folder / f"pid{rank}").read_text()), act)
+    done = finish(process)
+    return done, time.monotonic() - began
+
+
+def gone(folder: Path) -> bool:
+    """Whether no process of the run is left (but for its entry, where nobody asks how it ended)."""
+    time.sleep(0.5)
+    pids = [int(file.read_text()) for file in folder.glob("pid*")]
+    assert len(pids) == 3
+    return not any(psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE for p in pids)
+
+
+def test_a_rank_that_is_killed_ends_all(tmp_path: Path, bundle: Path) -> None:
+    done, seconds = disturbed(tmp_path, bundle, 1, signal.SIGKILL)
+    assert done.code != 0 and "numbers" not in done.out
+    assert seconds < SLACK, "the launcher notices by itself"
+    assert "Killed (signal 9)" in done.out + done.err
+    assert gone(tmp_path)
+
+
+def test_rank_0_is_killed(tmp_path: Path, bundle: Path) -> None:
+    done, seconds = disturbed(tmp_path, bundle, 0, signal.SIGKILL)
+    assert done.code != 0 and "numbers" not in done.out
+    assert seconds < SLACK
+    assert gone(tmp_path)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_rank_that_stands_still_ends_all(tmp_path: Path, bundle: Path, rank: int) -> None:
+    # One prompt on three ranks: ranks 1 and 2 have no row of their own, and rank 0 does not wait for them.
+    # Three prompts make it wait for all.
+    text = LOOP.replace('"hello"', '["hello", "a", "b"]')
+    done, seconds = disturbed(tmp_path, bundle, rank, signal.SIGSTOP, text)
+    assert done.code == 2 and "numbers" not in done.out
+    assert len(done.errors) == 1, done.err
+    expected = rf"rank 0 of 3 \(.*\): rank {rank} does not answer for 4 s \(time limit 4 s\); all ranks are"
+    assert re.search(expected, done.errors[0]), done.errors
+    assert LIMIT - 1 < seconds < LIMIT + SLACK
+    assert gone(tmp_path)
+
+
+def test_a_rank_that_comes_too_late_ends_all(tmp_path: Path, bundle: Path) -> None:
+    text = (
+        "import sys, time\nfrom moe_export.runtime import launched, load, serve_rank\n"
+        "if launched().rank == 1:\n    time.sleep(60)\n"
+        "if launched().rank:\n    serve_rank(sys.argv[1])\n"
+        "else:\n    load(sys.argv[1])\n    print('numbers')\n"
+    )
+    done = mpiexec(3, *script(tmp_path, "late", text), bundle, MOE_EXPORT_EP_TIMEOUT=str(LIMIT))
+    assert done.code != 0 and "numbers" not in done.out
+    assert len(done.errors) == 1, done.err
+    assert "rank 0 of 3: MPI did not start for 4 s (time limit 4 s)" in done.errors[0]
+    assert done.seconds < LIMIT + SLACK
+
+
+def test_a_rank_that_ends_before_it_serves_ends_all(tmp_path: Path, bundle: Path) -> None:
+    text = (
+        "import sys\nfrom moe_export.runtime import launched, load, serve_rank\n"
+        "if launched().rank == 1:\n    raise SystemExit(5)\n"
+        "if launched().rank:\n    serve_rank(sys.argv[1])\n"
+        "else:\n    load(sys.argv[1])\n    print('numbers')\n"
+    )
+    done = mpiexec(3, *script(tmp_path, "early", text), bundle, MOE_EXPORT_EP_TIMEOUT=str(LIMIT))
+    assert done.code != 0 and "numbers" not in done.out
+    assert len(done.errors) == 1 and "MPI did not start" in done.errors[0], done.err
+    assert done.seconds < LIMIT + SLACK
+
+
+def test_loading_takes_as_long_as_it_takes(tmp_path: Path) -> None:
+    """A rank that works for longer than the limit says that it is alive."""
+    bundle = make_rank_bundle(tmp_path / "bundle", 3, "allreduce")
+    text = (
+        "import sys, time\nfrom moe_export.runtime import launched, load, serve_rank\n"
+        "from moe_export.runtime import serving, session\n"
+        "rank = launched().rank\nmodule = serving if rank else session\n"
+        "opened = module.open_engine\n"
+        "def slow(*args, **options):\n    time.sleep(6 if rank == int(sys.argv[2]) else 0)\n"
+        "    return opened(*args, **options)\n"
+        "module.open_engine = slow\n"
+        "if rank:\n    serve_rank(sys.argv[1])\n"
+        "else:\n    with load(sys.argv[1]) as s:\n        print('loaded')\n"
+    )
+    for rank in (0, 1):
+        done = mpiexec(3, *script(tmp_path, "slow", text), bundle, str(rank), MOE_EXPORT_EP_TIMEOUT="2")
+        assert (done.code, done.out) == (0, "loaded\n"), done.err
+        assert done.seconds > 6
+
+
+def test_another_bundle_on_one_rank(tmp_path: Path, bundle: Path) -> None:
+    other = make_rank_bundle(tmp_path / "other", 3, "alltoall", seed=1)
+    text = (
+        "import sys\nfrom moe_export.cli.main import run\nfrom moe_export.runtime import launched\n"
+        "sys.argv = ['moe-export', 'run', sys.argv[1 + (launched().rank == 2)], '--prompt', 'x']\nrun()\n"
+    )
+    done = mpiexec(3, *script(tmp_path, "two", text), bundle, other, MOE_EXPORT_EP_TIMEOUT=str(LIMIT))
+    check(done, r"rank 2 \(.*\) has another bundle than rank 0 \(.*\): SHA-256 of manifest.json is")
+
+
+def test_another_version_on_one_rank(tmp_path: Path, bundle: Path) -> None:
+    text = (
+        "import sys\nimport moe_export\nfrom moe_export.cli.main import run\n"
+        "from moe_export.runtime import launched\n"
+        "moe_export.__version__ = '9.9' if launched().rank == 1 else '1.0'\n"
+        "sys.argv = ['moe-export', 'run', sys.argv[1], '--prompt', 'x']\nrun()\n"
+    )
+    done = mpiexec(3, *script(tmp_path, "version", text), bundle, MOE_EXPORT_EP_TIMEOUT=str(LIMIT))
+    check(done, r"rank 1 \(.*\) has moe-export 9.9, rank 0 \(.*\) has 1.0; install the same")
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_another_number_of_ranks(bundle: Path, ranks: int) -> None:
+    done = run(bundle, ranks)
+    check(
+        done,
+        f"has 3 ranks, but mpiexec started {ranks} processes; run: mpiexec -n 3 moe-export run .* --prompt",
+    )
+
+
+def test_no_mpiexec(bundle: Path) -> None:
+    from tests.expert_parallel.mpi import environment
+
+    began = time.monotonic()
+    done = subprocess.run(
+        [COMMAND, "run", bundle, "--prompt", "hello"], capture_output=True, text=True, env=environment()
+    )
+    ended = Done(done.returncode, done.stdout, done.stderr, time.monotonic() - began)
+    check(ended, "has 3 ranks, but this process was started alone; run: mpiexec -n 3 moe-export run")
+
+
+def test_a_bundle_of_one_rank(tmp_path: Path) -> None:
+    done = run(make_tiny_bundle(tmp_path / "one"), 2)
+    check(done, "has one rank, but mpiexec started 2 processes; run it without mpiexec, or build")
+
+
+def test_no_bundle_at_all(tmp_path: Path) -> None:
+    check(run(tmp_path / "nothing", 2), "^error: .*nothing does not exist; a bundle is a folder")
+
+
+def test_other_commands(tmp_path: Path) -> None:
+    done = mpiexec(2, COMMAND, "build", "model", "-o", tmp_path / "x")
+    check(done, "`moe-export build` runs in one process, and mpiexec started 2 of them")
+
+
+@pytest.mark.parametrize(
+    ("words", "pattern"),
+    [
+        (("--prompt", "x", "--inputs", "nothing.npz"), "belong together"),
+        (("--inputs", "nothing.npz", "--outputs", "x.npz"), "nothing.npz: No such file"),
+        (("--prompt-ids", "1000"), "the vocabulary is 0 to 258"),
+        (("--temperature", "x"), "not a valid float"),
+        (("--prompt", "x", "--threads", "0"), "0 is not in the range"),
+    ],
+)
+def test_wrong_use_is_said_once_and_at_once(bundle: Path, words: tuple[str, ...], pattern: str) -> None:
+    done = run(bundle, 3, *words)
+    check(done, pattern)
+    assert "all ranks are ended" not in done.err
+
+
+def test_a_missing_file_of_one_rank(bundle: Path) -> None:
+    (bundle / "rank1" / "model.onnx.data").unlink()
+    check(run(bundle), r"rank 1 \(.*\): bundle .* is damaged: rank1/model.onnx.data is missing.*its own")
+
+
+def test_a_damaged_file_of_one_rank(bundle: Path) -> None:
+    with open(bundle / "rank2" / "model.onnx.data", "r+b") as file:
+        file.write(b"\0\1\2\3")
+    check(run(bundle), r"rank 2 \(.*\): bundle .* is damaged: rank2/model.onnx.data .* has SHA-256")
+
+
+def test_a_rank_needs_no_files_of_others(tmp_path: Path, bundle: Path) -> None:
+    """As on several hosts, each with its own rank's files."""
+    for rank in range(3):
+        shutil.copytree(bundle, tmp_path / f"host{rank}")
+        for other in {0, 1, 2} - {rank}:
+            shutil.rmtree(tmp_path / f"host{rank}" / f"rank{other}")
+    text = (
+        "import sys\nfrom moe_export.cli.main import run\nfrom moe_export.runtime import launched\n"
+        "sys.argv = ['moe-export', 'run', f'{sys.argv[1]}/host{launched().rank}', '--prompt', 'x', '-q',\n"
+        "            '--max-new-tokens', '2']\nrun()\n"
+    )
+    done = mpiexec(3, *script(tmp_path, "hosts", text), tmp_path)
+    assert (done.code, done.err) == (0, "")
+    assert done.out
+
+
+def test_a_model_of_one_rank_that_does_not_load(bundle: Path) -> None:
+    (bundle / "rank1" / "model.onnx").write_bytes(b"no model")
+    write_manifest(bundle, read_manifest(bundle))
+    check(run(bundle), r"rank 1 \(.*\): .*rank1")
+
+
+@pytest.mark.parametrize("mode", ["allreduce", "alltoall"])
+def test_a_run_that_fails_on_one_rank(tmp_path: Path, mode: str) -> None:
+    bundle = make_rank_bundle(tmp_path / "bundle", 2, mode)
+    path = bundle / "rank1" / "model.onnx"
+    model = onnx.load(path)
+    names = {name for node in model.graph.node if node.op_type == "Gather" for name in node.input}
+    table = next(t for t in model.graph.initializer if t.name in names and len(t.dims) == 2)
+    table.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(table)[:50], table.name))
+    onnx.save(model, path, save_as_external_data=True, location="model.onnx.data", size_threshold=1024)
+    write_manifest(bundle, read_manifest(bundle))
+    done = mpiexec(
+        2, COMMAND, "run", bundle, "--prompt-ids", "200,201", "--max-new-tokens", "200", "-q", "--json",
+        MOE_EXPORT_EP_TIMEOUT=str(LIMIT),
+    )  # fmt: skip
+    check(done, r"rank 1 of 2 \(.*\): .*rank1/model.onnx: the run failed: .*indices element out of")
+
+
+def test_load_on_every_rank(tmp_path: Path, bundle: Path) -> None:
+    text = (
+        "import sys\nfrom moe_export.cli.main import run_guarded\nfrom moe_export.runtime import load\n"
+        "sys.exit(run_guarded(lambda: load(sys.argv[1])))\n"
+    )
+    done = mpiexec(3, *script(tmp_path, "load", text), bundle, MOE_EXPORT_EP_TIMEOUT=str(LIMIT))
+    check(done, r"rank 1 \(.*\) called load\(\); rank 0 calls moe_export.runtime.load\(\), every other rank")
+
+
+def test_the_check_rejects_what_it_should() -> None:
+    for done in (
+        Done(0, "", "error: x", 1),
+        Done(2, "", "error: x\nerror: x", 1),
+        Done(2, "12", "error: x", 1),
+        Done(2, "", "error: y", 1),
+        Done(2, "", "error: x", np.inf),
+    ):
+        with pytest.raises(AssertionError):
+            check(done, "x")
+    check(Done(2, "", "error: x", 1), "x")
