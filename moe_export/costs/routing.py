@@ -80,6 +80,7 @@ class Popularity:
         return sum(1 - (1 - chance) ** tokens for chance in self.chances)
 
 
+@lru_cache(maxsize=256)
 def _chances(weights: tuple[float, ...], top_k: int) -> tuple[float, ...]:
     if top_k >= len(weights):
         return (1.0,) * len(weights)
