@@ -33,6 +33,8 @@ def summary_text(summary: ModelSummary) -> str:
         files = details["weight_files"]
         plural = "" if files == 1 else "s"
         lines.append(f"{files} weight file{plural}, {bytes_text(details['weight_bytes'])}")
+    if "quantization" in details:
+        lines.append(f"weights quantised: {details['quantization']}; counted as the float model")
     lines.append("parameters")
     names = {
         "total": "total",

@@ -42,7 +42,7 @@ def read_quantization(path: Path, config: Mapping[str, Any]) -> Quantization | N
     Raises:
         UnsupportedModelError: a method or a variant that is not read; says which are, and how to dequantise.
     """
-    found = list(_sections(config))
+    found = quantizations(config)
     if not found:
         return None
     if any(section != found[0] for section in found):
@@ -69,11 +69,12 @@ def expansion(folder: Path) -> int:
     return 1 if found is None else 16 // (8 if found.method == "fp8" else found.bits)
 
 
-def _sections(config: Mapping[str, Any]) -> list[Any]:
+def quantizations(config: Mapping[str, Any]) -> list[Any]:
+    """What a config says of quantised weights, of the whole model first, then of its parts."""
     found = [config[key] for key in ("quantization_config", "compression_config") if config.get(key)]
     for key, value in config.items():
         if isinstance(value, Mapping) and key not in ("quantization_config", "compression_config"):
-            found += _sections(value)
+            found += quantizations(value)
     return found
 
 

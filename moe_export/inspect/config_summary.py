@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moe_export.costs import weight_format
-from moe_export.errors import SourceError, UsageError
+from moe_export.errors import SourceError, UnsupportedModelError, UsageError
+from moe_export.importer.quantized_config import quantizations, read_quantization
 from moe_export.inspect.architecture import Architecture
 from moe_export.inspect.config_fields import MissingFieldError
 from moe_export.inspect.config_readers import has_reader, read_architecture
@@ -29,6 +30,7 @@ class Described:
     weights: str
     preset: Preset | None = None
     notes: tuple[str, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 def config_path(path: str | Path) -> Path | None:
@@ -93,16 +95,29 @@ def describe_config(values: Mapping[str, Any], path: Path) -> Described:
         if str(path) in str(error):
             raise
         raise SourceError(f"{path}: {error}") from error
-    return Described(name or str(path), architecture, stored_format(values, architecture))
+    details, notes = stored_quantization(values, path)
+    stored = stored_format(values, architecture)
+    return Described(name or str(path), architecture, stored, notes=notes, details=details)
 
 
 def stored_format(values: Mapping[str, Any], architecture: Architecture) -> str:
     """The format of a checkpoint's weights: what its quantisation says, else its dtype."""
-    quantised = values.get("quantization_config")
-    method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+    quantised = next(iter(quantizations(values)), None)
+    fields = quantised if isinstance(quantised, Mapping) else {}
+    method = str(fields.get("quant_method"))
     if method in _QUANTISED:
-        return _QUANTISED[str(method)]
+        return "int8" if method == "gptq" and fields.get("bits") == 8 else _QUANTISED[method]
     return architecture.dtype if architecture.dtype in ("float32", "float16", "bfloat16") else "bfloat16"
+
+
+def stored_quantization(values: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """How a checkpoint's weights are quantised, as a detail of the summary, and notes about it."""
+    try:
+        found = read_quantization(path, values)
+    except UnsupportedModelError as error:
+        note = "sizes are those of float weights where moe-export does not read the quantisation: "
+        return {"quantization": "in a way that is not read"}, (note + str(error),)
+    return ({"quantization": found.text()} if found else {}), ()
 
 
 def _completed(values: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
@@ -120,7 +135,7 @@ def _completed(values: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     return names | config.to_dict() | {"model_type": model_type}
 
 
-def _checkpoint(path: str | None) -> dict[str, Any]:
+def checkpoint_files(path: str | None) -> dict[str, Any]:
     """Number and size of the weight files beside a config; nothing is read of them."""
     folder = Path(path or "")
     files = [f for ending in ("*.safetensors", "pytorch_model*.bin") for f in folder.glob(ending)]
@@ -170,7 +185,7 @@ def summary_of(
         },
         moe_layers=layers,
         routing=family_routing(arch.class_name, layers),
-        details=_checkpoint(path)
+        details=checkpoint_files(path) | dict(described.details)
         if preset is None
         else {"preset": preset.name, "title": preset.title, "source": preset.source},
         notes=tuple(notes),

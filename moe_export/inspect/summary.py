@@ -196,9 +196,11 @@ def family_routing(class_name: str, layers: Sequence[ExpertBlock | MoELayer | La
 
 def _inspect_huggingface(path: Path, trust_remote_code: bool) -> ModelSummary:
     """Summary of a config whose family has no reader: its transformers class is built without memory."""
+    from moe_export.inspect.config_summary import checkpoint_files, read_values, stored_quantization
     from moe_export.inspect.needs import weights_only
 
     config = read_config(path, trust_remote_code)
+    details, notes = stored_quantization(read_values(path), path)
     where = path.parent if path.name == "config.json" else path
     summary = inspect_model(
         meta_model(config, trust_remote_code), kind="huggingface", path=str(where), config=config
@@ -209,7 +211,11 @@ def _inspect_huggingface(path: Path, trust_remote_code: bool) -> ModelSummary:
     )
     total = summary.parameters["total"] or 0
     return replace(
-        summary, needs=weights_only(total), counting_rule=COUNTING_RULE, notes=(*summary.notes, note)
+        summary,
+        needs=weights_only(total),
+        counting_rule=COUNTING_RULE,
+        details=checkpoint_files(str(where)) | details,
+        notes=(*summary.notes, note, *notes),
     )
 
 
