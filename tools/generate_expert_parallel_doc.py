@@ -186,7 +186,8 @@ def sentences(decode: Findings, prefill: Findings, replicas: str) -> Iterator[st
     yield (
         f"- Prefill with all-to-all is bound by exchange. Skewed load makes it {slower:.1f} times slower "
         f"with fitting blocks, as all are as large as the fullest. Balanced placement alone gives "
-        f"{placed:.2f} times the tokens/s, as the busiest expert cannot be divided; with {replicas}, {more:.1f} times."
+        f"{placed:.2f} times the tokens/s, as the busiest expert cannot be divided; with {replicas}, "
+        f"{more:.1f} times."
     )
     bytes_more = prefill.sent(FULL, "uniform", "in order") / prefill.sent(FIT, "uniform", "in order")
     yield (
