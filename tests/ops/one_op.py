@@ -40,7 +40,8 @@ def onnx_model(
     full = op.complete(attributes)
     given = [p for p in op.inputs if p.name in dtypes]
     inputs = [(n if p.name in dtypes else "", p) for p in op.inputs for n in p.names(full)]
-    first_float = next((dtypes[p.name] for p in given if dtypes[p.name].startswith(("f", "b"))), "float32")
+    own = next((dtypes[p.name] for p in given if len(p.dtypes) > 1), "float32")
+    first_float = next((dtypes[p.name] for p in given if dtypes[p.name].startswith(("f", "b"))), own)
     names = [p.name for p in op.outputs]
     nodes = []
     if first_float == "bfloat16":

@@ -166,19 +166,21 @@ def test_the_command_line_says_that_it_runs_without(
     assert "CPU plugin" not in quiet.stderr
 
 
-def test_only_one_symbol_is_exported_and_onnxruntime_is_not_linked() -> None:
+def test_few_symbols_are_exported_and_neither_onnxruntime_nor_mpi_is_linked() -> None:
     tool = subprocess.run(["nm", "--version"], capture_output=True, check=False).returncode == 0
     if not tool:
         pytest.skip("no nm")
     shown = subprocess.run(
         ["nm", "-D", "--defined-only", str(plugin())], capture_output=True, text=True, check=True
     ).stdout
-    assert [line.split()[-1] for line in shown.splitlines()] == ["RegisterCustomOps"]
+    exported = {line.split()[-1] for line in shown.splitlines()}
+    assert exported == {"RegisterCustomOps", "MoeExportSetExchange", "MoeExportGetExchangeUse"}
     needed = subprocess.run(
         ["readelf", "-d", str(plugin())], capture_output=True, text=True, check=True
     ).stdout
     assert "NEEDED" in needed
-    assert not [line for line in needed.splitlines() if "NEEDED" in line and "onnxruntime" in line]
+    linked = [line for line in needed.splitlines() if "NEEDED" in line]
+    assert not [line for line in linked if "onnxruntime" in line or "mpi" in line]
 
 
 def test_the_kernels_take_every_dtype_that_the_contracts_allow() -> None:
@@ -187,10 +189,16 @@ def test_the_kernels_take_every_dtype_that_the_contracts_allow() -> None:
 
     from moe_export.ops import OPS
 
-    required = {"Router": {"top_k": 1}, "Dispatch": {"num_experts": 2}, "ExpertMLP": {"num_experts": 2}}
+    required: dict[str, dict[str, object]] = {
+        "Router": {"top_k": 1},
+        "Dispatch": {"num_experts": 2},
+        "ExpertMLP": {"num_experts": 2},
+        "RankLoad": {"ranks": 2, "slots_per_rank": 1},
+        "RankDispatch": {"ranks": 2, "slots_per_rank": 1},
+        "AllReduce": {"ranks": 2},
+        "AllToAll": {"ranks": 2},
+    }
     no_kernel = {"ExpertMatMul"}  # only portable models hold it
-    no_kernel |= {"ExpertSlots", "RankLoad", "RankDispatch", "RankCombine"}
-    no_kernel |= {"AllReduce", "AllToAll", "CheckCapacity"}
     for name, op in OPS.items():
         if name in no_kernel:
             continue

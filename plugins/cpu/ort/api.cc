@@ -81,6 +81,12 @@ const char* TypeName(ONNXTensorElementDataType type) {
   }
 }
 
+int64_t Tensor::Count() const {
+  int64_t count = 1;
+  for (const int64_t size : shape) count *= size;
+  return count;
+}
+
 std::string Tensor::ShapeText() const {
   std::string text = "[";
   for (size_t i = 0; i < shape.size(); ++i) text += (i > 0 ? ", " : "") + std::to_string(shape[i]);

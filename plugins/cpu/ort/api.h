@@ -38,6 +38,9 @@ struct Tensor {
   std::vector<int64_t> shape;
   const void* data = nullptr;
 
+  /// Elements.
+  int64_t Count() const;
+
   /// "[2, 3]", for messages.
   std::string ShapeText() const;
 };
@@ -90,6 +93,9 @@ class NodeRun {
   /// Input `index`, a single int64. Throws Error when it is missing or has more elements.
   int64_t Int64(size_t index, const char* name) const;
 
+  /// Input `index`. Throws Error when it is missing.
+  Tensor Input(size_t index, const char* name) const;
+
   /// Input `index`, whose rank is checked. Throws Error when it is missing.
   Tensor Input(size_t index, const char* name, size_t rank) const;
 
@@ -113,7 +119,6 @@ class NodeRun {
 
  private:
   const OrtValue* Value(size_t index) const;
-  Tensor Input(size_t index, const char* name) const;
 
   const OrtApi& api_;
   OrtKernelContext* context_;

@@ -2,7 +2,9 @@
 #ifndef MOE_EXPORT_PLUGINS_CPU_ORT_KERNELS_H_
 #define MOE_EXPORT_PLUGINS_CPU_ORT_KERNELS_H_
 
+#include "kernels/exchange.h"
 #include "kernels/expert_mlp.h"
+#include "kernels/rank_routing.h"
 #include "kernels/router.h"
 #include "ort/op.h"
 
@@ -132,6 +134,111 @@ class QuantizedExpertMlpKernel : ExpertKernel {
   // Codes of input `index`, scales of the next one: E experts, `panels` panels, `depth` inputs.
   void CheckStack(const NodeRun& run, size_t index, const char* codes_name, const char* scales_name,
                   int64_t panels, const char* panels_why, int64_t depth, const char* depth_why) const;
+};
+
+class ExpertSlotsKernel {
+ public:
+  static constexpr const char* kName = "ExpertSlots";
+  static constexpr Port kInputs[] = {{"expert_ids", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32},
+                                     {"table", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32}};
+  static constexpr Port kOutputs[] = {{"slots", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32}};
+
+  explicit ExpertSlotsKernel(const NodeInfo&) {}
+  void Compute(const NodeRun& run) const;
+};
+
+// What RankLoad and RankDispatch have in common.
+class RankKernel {
+ protected:
+  explicit RankKernel(const NodeInfo& node);
+
+  // Input `index`: slots.
+  cpu::RankSlots Slots(const NodeRun& run, size_t index) const;
+
+ private:
+  int64_t ranks_, slots_per_rank_;
+};
+
+class RankLoadKernel : RankKernel {
+ public:
+  static constexpr const char* kName = "RankLoad";
+  static constexpr Port kInputs[] = {{"slots", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32}};
+  static constexpr Port kOutputs[] = {{"load", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64}};
+
+  explicit RankLoadKernel(const NodeInfo& node) : RankKernel(node) {}
+  void Compute(const NodeRun& run) const;
+};
+
+class RankDispatchKernel : RankKernel {
+ public:
+  static constexpr const char* kName = "RankDispatch";
+  static constexpr Port kInputs[] = {{"hidden", kOwnType},
+                                     {"slots", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32},
+                                     {"weights", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT},
+                                     {"capacity", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64}};
+  static constexpr Port kOutputs[] = {{"rows", kOwnType},
+                                      {"route", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT},
+                                      {"places", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64}};
+
+  explicit RankDispatchKernel(const NodeInfo& node);
+  void Compute(const NodeRun& run) const;
+
+ private:
+  DType dtype_;
+};
+
+class RankCombineKernel {
+ public:
+  static constexpr const char* kName = "RankCombine";
+  static constexpr Port kInputs[] = {{"rows", kOwnType}, {"places", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64}};
+  static constexpr Port kOutputs[] = {{"out", kOwnType}};
+
+  explicit RankCombineKernel(const NodeInfo& node);
+  void Compute(const NodeRun& run) const;
+
+ private:
+  DType dtype_;
+};
+
+class AllReduceKernel {
+ public:
+  static constexpr const char* kName = "AllReduce";
+  static constexpr Port kInputs[] = {{"x", kOwnType}};
+  static constexpr Port kOutputs[] = {{"y", kOwnType}};
+
+  explicit AllReduceKernel(const NodeInfo& node);
+  void Compute(const NodeRun& run) const;
+
+ private:
+  cpu::AllReduceArgs attributes_;
+};
+
+class AllToAllKernel {
+ public:
+  static constexpr const char* kName = "AllToAll";
+  static constexpr Port kInputs[] = {{"x", kOwnType}};
+  static constexpr Port kOutputs[] = {{"y", kOwnType}};
+
+  explicit AllToAllKernel(const NodeInfo& node);
+  void Compute(const NodeRun& run) const;
+
+ private:
+  cpu::AllToAllArgs attributes_;
+  int64_t element_bytes_;
+};
+
+class CheckCapacityKernel {
+ public:
+  static constexpr const char* kName = "CheckCapacity";
+  static constexpr Port kInputs[] = {{"load", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64},
+                                     {"capacity", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64}};
+  static constexpr Port kOutputs[] = {{"checked", ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64}};
+
+  explicit CheckCapacityKernel(const NodeInfo& node) : layer_(node.String("layer", "")) {}
+  void Compute(const NodeRun& run) const;
+
+ private:
+  std::string layer_;
 };
 
 }  // namespace moe_export::ort

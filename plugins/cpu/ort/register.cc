@@ -1,4 +1,4 @@
-// RegisterCustomOps: the one symbol that this library exports.
+// RegisterCustomOps: what ONNX Runtime loads this library for.
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -43,6 +43,15 @@ OrtStatus* MakeDomain(const OrtApi& api, OrtCustomOpDomain** domain) {
     made->Add<CombineKernel>();
     made->Add<ExpertMlpKernel>();
     made->Add<QuantizedExpertMlpKernel>();
+    made->AddOne<ExpertSlotsKernel>(ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32);
+    made->AddOne<RankLoadKernel>(ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32);
+    made->Add<RankDispatchKernel>();
+    made->Add<RankCombineKernel>();
+    made->AddOne<AllReduceKernel>(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
+    made->AddOne<AllReduceKernel>(ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64);
+    made->Add<AllToAllKernel>();
+    made->AddOne<AllToAllKernel>(ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32);
+    made->AddOne<CheckCapacityKernel>(ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64);
     return made.release();
   }();
   if (OrtStatus* status = api.CreateCustomOpDomain("moe_export", domain)) return status;
