@@ -72,7 +72,7 @@ class Contest:
 
     def pids(self) -> list[int]:
         """Processes of the benchmark, this one included."""
-        return sorted({os.getpid(), *(entry.seat.pid for entry in self.entries)})
+        return sorted({os.getpid(), *(pid for entry in self.entries for pid in entry.seat.pids)})
 
     def write(self, name: str, arrays: dict[str, Any]) -> Path:
         """Write arrays into the contest's folder; returns the file."""

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 class EngineRunner(Runner):
     """A loaded bundle. Hashes are not checked again: the benchmark checked them before it started."""
 
-    def __init__(self, bundle: str, threads: int) -> None:
+    def __init__(self, bundle: str, threads: int | None) -> None:
         self._bundle = bundle
         self._threads = threads
         self._session: Session | None = None
         self._stepper: Stepper | None = None
-        self._forced: _ForcedEngine | None = None
+        self._forced: _ForcedEngine | _ForcedRanks | None = None
         self._routing: list[Routing] | None = None
 
     @property
@@ -76,10 +76,16 @@ class EngineRunner(Runner):
         self._routing = routing
         if routing is not None and self._forced is None:
             try:
-                self._forced = _ForcedEngine(self.session, self._threads)
+                kind = _ForcedEngine if self.session.rank_use is None else _ForcedRanks
+                self._forced = kind(self.session, self._threads)
             except BundleError as error:
                 self._routing = None
                 raise NotPossible(str(error)) from error
+
+    def close(self) -> None:
+        """Free the session, where there is one."""
+        if self._session is not None:
+            self._session.close()
 
     def _run_forced(self, inputs: Inputs) -> Any:
         assert self._forced is not None and self._routing is not None
@@ -94,7 +100,7 @@ class _ForcedEngine:
     """The bundle's model with the routing values as inputs. Unlike a traced run, it has no outputs but the
     model's and uses the default session options, so its times compare with the plain engine's."""
 
-    def __init__(self, session: Session, threads: int) -> None:
+    def __init__(self, session: Session, threads: int | None) -> None:
         import onnx
 
         from ..backends.onnxruntime.runner import create_session
@@ -138,3 +144,14 @@ class _ForcedEngine:
             binding.bind_output(name)
         self._session.run_with_iobinding(binding)
         return to_numpy(binding.get_outputs()[0])
+
+
+class _ForcedRanks:
+    """The same on all ranks of an engine."""
+
+    def __init__(self, session: Session, threads: int | None) -> None:
+        self._session = session
+
+    def run(self, inputs: Inputs, routing: list[Routing]) -> Any:
+        """The first output, with ``routing`` in place of what the routers choose."""
+        return next(iter(self._session.run_forced(inputs, routing).values()))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from ..errors import MoeExportError
+from ..runtime.launch import without_launcher
 from .runner import Host, NotPossible, Runner
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -26,10 +27,12 @@ class Failed(Exception):
 
 
 class Seat(Protocol):
-    """Where a contestant runs. Processes of the benchmark are told by ``pid``."""
+    """Where a contestant runs."""
 
     @property
-    def pid(self) -> int: ...
+    def pids(self) -> tuple[int, ...]:
+        """Its processes on this host."""
+        ...
 
     def call(self, op: str, timeout: float, **values: Any) -> dict[str, Any]:
         """Ask for an operation of :class:`moe_export.bench.runner.Host`.
@@ -61,8 +64,8 @@ class ProcessSeat:
         threading.Thread(target=_pump, args=(self._process.stdout, self._lines), daemon=True).start()
 
     @property
-    def pid(self) -> int:
-        return self._process.pid
+    def pids(self) -> tuple[int, ...]:
+        return (self._process.pid,)
 
     def call(self, op: str, timeout: float, **values: Any) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -117,8 +120,8 @@ class LocalSeat:
         self._host = Host(runner)
 
     @property
-    def pid(self) -> int:
-        return os.getpid()
+    def pids(self) -> tuple[int, ...]:
+        return (os.getpid(),)
 
     def call(self, op: str, timeout: float, **values: Any) -> dict[str, Any]:
         if op == "memory":
@@ -149,4 +152,6 @@ def _environment(threads: int) -> dict[str, str]:
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
-    return {**os.environ, **offline, "PYTHONPATH": path, **dict.fromkeys(_THREAD_VARIABLES, str(threads))}
+    # A contestant is no rank, even where the benchmark is one.
+    inherited = without_launcher(os.environ)
+    return {**inherited, **offline, "PYTHONPATH": path, **dict.fromkeys(_THREAD_VARIABLES, str(threads))}

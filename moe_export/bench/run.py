@@ -17,7 +17,8 @@ from .entrants import Entrants
 from .grid import Grid, Workload, make_grid
 from .inputs import InputMaker
 from .machine import Machine, describe_machine
-from .process import ProcessSeat
+from .process import ProcessSeat, Seat
+from .rank_seat import RankSeat
 from .result import ENGINE, BenchReport, Row, make_ratios
 from .routing import ROUTINGS, force_all, imbalance
 from .runner import CHECK_STEPS, read_arrays, write_routing
@@ -55,7 +56,9 @@ def bench_bundle(
         rounds, warmup: measured rounds, and rounds before them that are not.
         baselines: names of :data:`moe_export.bench.BASELINES`; None = all, () = none.
         routing: ``real`` (the model's own) and routings to force.
-        threads: of every contestant; None = the physical cores this process may use.
+        threads: of every contestant; None = the physical cores this process may use. Of a bundle of several
+            ranks: of each rank, None = its share of the cores; the others get what all ranks of this host
+            have together.
         seed: of random inputs and of forced routings.
         trust: skip the bundle's hash check.
 
@@ -68,17 +71,23 @@ def bench_bundle(
     from ..backends.onnxruntime.runner import default_threads
     from ..bundle.label import bundle_label
     from ..bundle.reader import open_bundle
+    from ..runtime.joining import needs_ranks
+    from ..runtime.launch import launched
 
     began = time.monotonic()
+    ranks: list[str] = []
     names = _check_baselines(baselines)
     for name, value, least in (("rounds", rounds, 1), ("warmup", warmup, 0), ("threads", threads, 1)):
         if value is not None and (type(value) is not int or value < least):
             raise UsageError(f"{name}: expected a whole number of {least} or more, got {value!r}")
     progress = progress or NullProgress()
-    opened = open_bundle(bundle, trust=trust, progress=progress)
+    ranked = needs_ranks(bundle)
+    opened = open_bundle(bundle, trust=trust, progress=progress, rank=0 if ranked else None)
     manifest = opened.manifest
     grid = make_grid(manifest, batch, sequence, decode_tokens, routing)
-    threads = threads or default_threads()
+    each = threads
+    # Ranks share the cores of a host; the others get as many threads as all ranks of this host together.
+    threads = threads * (launched().local if ranked else 1) if threads else default_threads()
     machine = describe_machine(threads)
     maker = InputMaker(manifest, opened.tokenizer_path, seed)
     with Contest(manifest.quantization or manifest.dtype, progress) as contest:
@@ -89,7 +98,7 @@ def bench_bundle(
         contest.enter(
             ENGINE,
             ENGINE_TITLE,
-            lambda: ProcessSeat({"kind": ENGINE, "bundle": str(opened.path), "threads": threads}, threads),
+            lambda: _engine_seat(str(opened.path), ranked, each, threads),
         )
         found = find_source(manifest, source, contest.folder / "source")
         cached = bool(manifest.io.cache_inputs)
@@ -97,6 +106,9 @@ def bench_bundle(
             entrants.enter(names, manifest.parameters.get("total", 0) * 4)
         contest.judge()
         rows = _measure(contest, grid, maker, manifest, decode_tokens, rounds, warmup, seed)
+        seat = contest.engine().seat
+        if isinstance(seat, RankSeat):
+            ranks = seat.notes()
         wrong = frozenset(e.info.name for e in contest.entries if e.info.sanity.ok is False)
         return BenchReport(
             bundle=bundle_label(opened.path),
@@ -116,10 +128,17 @@ def bench_bundle(
             rows=rows,
             ratios=make_ratios(rows, wrong),
             skipped=tuple(contest.skipped),
-            notes=_notes(contest, maker, found),
+            notes=(*_notes(contest, maker, found), *ranks),
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             seconds=round(time.monotonic() - began, 1),
         )  # fmt: skip
+
+
+def _engine_seat(bundle: str, ranked: bool, each: int | None, threads: int) -> Seat:
+    """``each``: threads of a rank, or None for its share of the cores; ``threads``: of a single process."""
+    if ranked:
+        return RankSeat(bundle, each)
+    return ProcessSeat({"kind": ENGINE, "bundle": bundle, "threads": threads}, threads)
 
 
 def _check_baselines(baselines: Sequence[str] | None) -> tuple[str, ...]:

@@ -156,6 +156,12 @@ class NoTraces:
         """Refused."""
         _no_traces()
 
+    def run_forced(
+        self, feeds: dict[str, Array], routing: Sequence[tuple[Array, Array]]
+    ) -> dict[str, Array]:
+        """Refused."""
+        _no_traces()
+
     def run_chunked(
         self, ids: Ints, mask: Ints, chunks: Sequence[int], check_open: Callable[[], None]
     ) -> TracedRun:

@@ -28,11 +28,14 @@ def _values(layer: MoELayer) -> tuple[str | None, ...]:
     return layer.expert_ids, layer.weights, layer.hidden, layer.output, layer.logits
 
 
-def traced_model(model_path: Path, layers: Sequence[MoELayer], *, force_routing: bool) -> bytes:
+def traced_model(
+    model_path: Path, layers: Sequence[MoELayer], *, force_routing: bool, show: bool = True
+) -> bytes:
     """The model with the layers' values as outputs, serialised; external data is referred to, not read.
 
     With ``force_routing``, ``expert_ids`` and ``weights`` of every layer are inputs (int32 and float32 [T,
-    K], or the dtype the graph declares for them) instead of results of its router.
+    K], or the dtype the graph declares for them) instead of results of its router. Without ``show`` the
+    outputs stay those of the model.
 
     Raises:
         BundleError: a value is not in the graph, or forcing it would not decide what the layer computes.
@@ -52,7 +55,7 @@ def traced_model(model_path: Path, layers: Sequence[MoELayer], *, force_routing:
     if force_routing:
         _cut_routers(model, layers, str(model_path))
         given |= {value.name for value in graph.input}
-    for name in traced_values(layers):
+    for name in traced_values(layers) if show else ():
         if name not in given:
             # ONNX Runtime infers the type of an output that declares none.
             graph.output.append(onnx.ValueInfoProto(name=name))

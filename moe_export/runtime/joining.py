@@ -64,10 +64,7 @@ def join_ranks(path: str | os.PathLike[str], role: str, timeout: float | None) -
         EnvironmentLacksError: there is no MPI here.
     """
     seconds = timeout_seconds(timeout)
-    if launched().size == 1:
-        parallel = open_manifest(path).expert_parallel
-        if parallel is not None:
-            raise UsageError(_count_text(path, parallel.ranks, "this process was started alone"))
+    if not needs_ranks(path):
         if role == SERVE:
             raise UsageError(
                 f"this process serves no one: {path} has one rank, and there is no mpiexec; call load()"
@@ -75,6 +72,21 @@ def join_ranks(path: str | os.PathLike[str], role: str, timeout: float | None) -
         return None
     ranks = connect(seconds)
     return _meet(ranks, path, role, "")
+
+
+def needs_ranks(path: str | os.PathLike[str]) -> bool:
+    """Whether the bundle ``path`` is run by the ranks of this run, rather than by this process alone.
+
+    Raises:
+        UsageError: it has several ranks, and this process was started alone.
+        BundleError: it is no bundle (where this process was started alone; ranks say it when they meet).
+    """
+    if launched().size > 1:
+        return True
+    parallel = open_manifest(path).expert_parallel
+    if parallel is not None:
+        raise UsageError(_count_text(path, parallel.ranks, "this process was started alone"))
+    return False
 
 
 def refuse_ranks(path: str | os.PathLike[str], error: BaseException, timeout: float | None) -> None:

@@ -16,7 +16,10 @@ TIMEOUT_VARIABLE = "MOE_EXPORT_EP_TIMEOUT"
 DEFAULT_TIMEOUT = 60.0
 """Seconds that a rank waits for another one before it ends all of them."""
 
-_VARIABLES = (("PMI_RANK", "PMI_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"))
+_VARIABLES = (
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+)
 """Of MPICH's launcher and all that speak its protocol (Intel MPI, Slurm), and of Open MPI's."""
 _PREFIXES = ("PMI_", "PMIX_", "OMPI_", "MPI_LOCAL", "HYDRA_", "HYDI_", "PRTE_", "I_MPI_")
 
@@ -27,13 +30,16 @@ class Launch:
 
     rank: int = 0
     size: int = 1
+    local: int = 1
+    """How many of them are on this host."""
 
 
 def launched() -> Launch:
     """What the launcher said; one process of one where there was none."""
-    for rank, size in _VARIABLES:
+    for rank, size, local in _VARIABLES:
         try:
-            return Launch(int(os.environ[rank]), int(os.environ[size]))
+            number, count = int(os.environ[rank]), int(os.environ[size])
+            return Launch(number, count, int(os.environ.get(local, count)))
         except (KeyError, ValueError):
             continue
     return Launch()

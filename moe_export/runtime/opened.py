@@ -30,6 +30,10 @@ class ShowsRouting(Protocol):
         self, feeds: dict[str, NDArray[Any]], routing: Sequence[LayerTrace] | None
     ) -> TracedRun: ...
 
+    def run_forced(
+        self, feeds: dict[str, NDArray[Any]], routing: Sequence[tuple[NDArray[Any], NDArray[Any]]]
+    ) -> dict[str, NDArray[Any]]: ...
+
     def run_chunked(
         self, ids: Ints, mask: Ints, chunks: Sequence[int], check_open: Callable[[], None]
     ) -> TracedRun: ...

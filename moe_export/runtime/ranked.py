@@ -23,7 +23,7 @@ from moe_export.runtime.opened import Opened, ShowsRouting
 from moe_export.runtime.ranks import Ranks, is_shared
 from moe_export.runtime.rows import Deal, check_rows_lead, joined
 from moe_export.runtime.stepping import LOGITS, Stepper, check_step
-from moe_export.runtime.traced import TracedEngines, check_chunks
+from moe_export.runtime.traced import BARE, FORCED, SHOWN, TracedEngines, check_chunks
 from moe_export.schema import Limits, Manifest
 from moe_export.trace import LayerTrace, TracedRun
 
@@ -92,10 +92,9 @@ def connect_graphs(ranks: Ranks, manifest: Manifest) -> Callable[[], dict[str, f
     """
     if manifest.target != "onnxruntime":
         return dict
-    communicator = ranks.communicator()
     from moe_export.backends.onnxruntime.exchange import connect_exchange, exchange_use
 
-    ranks.together(lambda: connect_exchange(communicator, ranks.patience))
+    ranks.together(lambda: connect_exchange(ranks.communicator, ranks.patience))
     return exchange_use
 
 
@@ -169,12 +168,12 @@ class Driver:
                     raise
                 ranks.abort(str(error) or f"{type(error).__name__} in the middle of a run")
 
-    def prepare(self, forced: bool, work: Callable[[], None]) -> None:
-        """Have every rank load the form of the model that shows or takes routing."""
+    def prepare(self, form: str, work: Callable[[], None]) -> None:
+        """Have every rank load a form of the model that shows or takes routing."""
         with self._ranks.lock:
             freed = self._begin()
             others = range(1, self._ranks.size)
-            self._ranks.send(others, {"op": "prepare", "forced": forced, "freed": freed}, {})
+            self._ranks.send(others, {"op": "prepare", "form": form, "freed": freed}, {})
             self._ranks.together(work)
 
     def use(self) -> tuple[RankUse, ...]:
@@ -217,27 +216,34 @@ class RankedTraces:
 
     def __init__(self, driver: Driver, local: TracedEngines) -> None:
         self._driver, self._local = driver, local
-        self._ready: set[bool] = set()
+        self._ready: set[str] = set()
 
     def run(self, feeds: dict[str, Array], routing: Sequence[LayerTrace] | None) -> TracedRun:
         """As :meth:`TracedEngines.run`, of the whole batch."""
-        is_forced, local, batch = routing is not None, self._local, _batch(feeds)
+        local, form = self._local, SHOWN if routing is None else FORCED
         local.check_routing(routing)
-        self._prepare(is_forced)
+        self._prepare(form)
         forced = local.forced_feeds(routing)
+        return local.finished(self._outputs(feeds, forced, form), forced)
+
+    def run_forced(
+        self, feeds: dict[str, Array], routing: Sequence[tuple[Array, Array]]
+    ) -> dict[str, Array]:
+        """As :meth:`TracedEngines.run_forced`, of the whole batch."""
+        self._prepare(BARE)
+        return self._outputs(feeds, self._local.bare_feeds(routing), BARE)
+
+    def _outputs(self, feeds: dict[str, Array], forced: dict[str, Array], form: str) -> dict[str, Array]:
+        batch = _batch(feeds)
         for name, array in forced.items():
             if not len(array) or len(array) % batch:
                 raise InputError(
-                    f"force_routing: {name} has {len(array)} tokens; expected a multiple of the batch {batch}"
+                    f"forced routing: {name} has {len(array)} tokens, no multiple of the batch {batch}"
                 )
-        outputs = self._driver.call(
-            "traced",
-            {"forced": is_forced},
-            {**feeds, **forced},
-            batch,
-            lambda own: local.outputs(own, forced=is_forced),
+        every = {**feeds, **forced}
+        return self._driver.call(
+            "traced", {"form": form}, every, batch, lambda own: self._local.outputs(own, form)
         )
-        return local.finished(outputs, forced)
 
     def run_chunked(
         self, ids: Ints, mask: Ints, chunks: Sequence[int], check_open: Callable[[], None]
@@ -245,7 +251,7 @@ class RankedTraces:
         """As :meth:`TracedEngines.run_chunked`, of the whole batch."""
         check_chunks(chunks, ids.shape[1])
         check_open()
-        self._prepare(False)
+        self._prepare(SHOWN)
         outputs = self._driver.call(
             "chunked",
             {"chunks": list(chunks)},
@@ -255,10 +261,10 @@ class RankedTraces:
         )
         return self._local.finished_chunked(outputs)
 
-    def _prepare(self, forced: bool) -> None:
-        if forced not in self._ready:
-            self._driver.prepare(forced, lambda: self._local.prepare(forced=forced))
-            self._ready.add(forced)
+    def _prepare(self, form: str) -> None:
+        if form not in self._ready:
+            self._driver.prepare(form, lambda: self._local.prepare(form))
+            self._ready.add(form)
 
 
 class RankedStepper(Stepper):

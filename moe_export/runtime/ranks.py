@@ -99,9 +99,10 @@ class Ranks:
         """``rank 1 of 4 (host)``."""
         return f"rank {self.rank} of {self.size} ({self.host})"
 
+    @property
     def communicator(self) -> MPI.Intracomm:
-        """Another communicator of all ranks, for what runs inside a graph. All ranks call this."""
-        return self._duplicate(self._mpi.COMM_WORLD)
+        """All ranks."""
+        return self._comm
 
     def send(self, to: Sequence[int], values: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
         """Send one message to each of ``to``; returns when it has left."""
@@ -313,8 +314,9 @@ def _start_mpi(timeout: float) -> Any:
         library = ctypes.CDLL(str(MPI.__file__))
         library.MPI_Init_thread(None, None, ctypes.c_int(MPI.THREAD_MULTIPLE), ctypes.byref(provided))
         timer.cancel()
-    if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         raise EnvironmentLacksError(
-            "this MPI was started for one thread only; start it with MPI_THREAD_SERIALIZED or more"
+            "this MPI does not allow calls of several threads (MPI_THREAD_MULTIPLE); the one of "
+            "pip install 'moe-export[mpi]' does"
         )
     return MPI

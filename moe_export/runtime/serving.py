@@ -66,7 +66,7 @@ class _Server:
         self._steppers: dict[int, Stepper] = {}
         self._runs: dict[str, Callable[[dict[str, Any], dict[str, Array]], dict[str, Array]]] = {
             "run": lambda values, arrays: self._local.engine.run(arrays),
-            "traced": lambda values, arrays: self._traced().outputs(arrays, forced=values["forced"]),
+            "traced": lambda values, arrays: self._traced().outputs(arrays, values["form"]),
             "chunked": self._chunked,
             "feed": self._feed,
         }
@@ -84,13 +84,13 @@ class _Server:
             if op == "use":
                 ranks.send((0,), self._work.use(), {})
             elif op == "prepare":
-                self._prepare(values["forced"])
+                self._prepare(values["form"])
             else:
                 self._run(op, values, arrays)
 
-    def _prepare(self, forced: bool) -> None:
+    def _prepare(self, form: str) -> None:
         with contextlib.suppress(MoeExportError):  # Rank 0 raises it, and may go on with something else.
-            self._ranks.together(lambda: self._traced().prepare(forced=forced))
+            self._ranks.together(lambda: self._traced().prepare(form))
 
     def _run(self, op: str, values: dict[str, Any], arrays: dict[str, Array]) -> None:
         try:

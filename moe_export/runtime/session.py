@@ -188,6 +188,20 @@ class Session:
         """
         return self._open().traced.run(self._checker.check(inputs).feeds, force_routing)
 
+    def run_forced(
+        self, inputs: Mapping[str, Any], routing: Sequence[tuple[Array, Array]]
+    ) -> dict[str, Array]:
+        """As :meth:`run`, with expert ids and weights [T, K] per MoE layer in place of the routers'. Nothing
+        else is shown, so it takes the time that a run takes.
+
+        The first call loads the model once more.
+
+        Raises:
+            InputError: inputs or routing do not fit the engine.
+            BundleError: the routing of the graph cannot be replaced, or ONNX Runtime failed.
+        """
+        return self._open().traced.run_forced(self._checker.check(inputs).feeds, routing)
+
     def chunked_logits(self, input_ids: Any, attention_mask: Any, chunks: Sequence[int]) -> TracedRun:
         """Feed a sequence through the KV cache in pieces, as prefill and decode do.
 
@@ -323,6 +337,8 @@ class Session:
         return file if file is not None and file.is_file() else None
 
     def _find_notes(self) -> Iterator[str]:
+        if self.manifest.source.trial:
+            yield self.manifest.source.trial
         if self.manifest.target in GPU_TARGETS:
             yield "moe-export's runner of TensorRT plans was not run on a GPU before its release"
         slower = missing_plugin_note(self._bundle.model_path) if runs_with_plugin(self.manifest) else None

@@ -23,8 +23,13 @@ Array = NDArray[Any]
 Ints = NDArray[np.int64]
 
 
+SHOWN, FORCED, BARE = "shown", "forced", "bare"
+"""Forms of a model: its layers' values are outputs; routing values are inputs, too; routing values are
+inputs, and outputs are the model's own, with the speed of the plain engine."""
+
+
 class TracedEngines:
-    """The instrumented forms of one model, routing shown or forced. Each is loaded once, on first use."""
+    """The instrumented forms of one model. Each is loaded once, on first use."""
 
     def __init__(self, plain: Engine, model_path: Path, manifest: Manifest, threads: int | None) -> None:
         """``plain``: the engine as it is, which serves where a model has no MoE layer."""
@@ -36,7 +41,7 @@ class TracedEngines:
         self._threads = threads
         self._plugin = runs_with_plugin(manifest)
         self._lock = threading.Lock()
-        self._loaded: dict[bool, tuple[Engine, dict[str, np.dtype[Any]]]] = {}
+        self._loaded: dict[str, tuple[Engine, dict[str, np.dtype[Any]]]] = {}
 
     def run(self, feeds: dict[str, Array], routing: Sequence[LayerTrace] | None) -> TracedRun:
         """Run once with checked inputs; ``routing`` replaces what the routers choose.
@@ -46,7 +51,14 @@ class TracedEngines:
             BundleError: the model cannot be instrumented, or ONNX Runtime failed.
         """
         forced = self.forced_feeds(routing)
-        return self.finished(self.outputs({**feeds, **forced}, forced=routing is not None), forced)
+        form = SHOWN if routing is None else FORCED
+        return self.finished(self.outputs({**feeds, **forced}, form), forced)
+
+    def run_forced(
+        self, feeds: dict[str, Array], routing: Sequence[tuple[Array, Array]]
+    ) -> dict[str, Array]:
+        """The model's outputs, with ids and weights per layer in place of what the routers choose."""
+        return self.outputs({**feeds, **self.bare_feeds(routing)}, BARE)
 
     def run_chunked(
         self, ids: Ints, mask: Ints, chunks: Sequence[int], check_open: Callable[[], None]
@@ -55,9 +67,9 @@ class TracedEngines:
         check_chunks(chunks, ids.shape[1])
         return self.finished_chunked(self.chunked_outputs(ids, mask, chunks, check_open))
 
-    def prepare(self, *, forced: bool) -> None:
-        """Load the form of the model that shows routing, or (``forced``) takes it."""
-        self._engine(forced=forced)
+    def prepare(self, form: str) -> None:
+        """Load a form of the model."""
+        self._engine(form)
 
     def forced_feeds(self, routing: Sequence[LayerTrace] | None) -> dict[str, Array]:
         """``routing`` as inputs of the form that takes it.
@@ -68,17 +80,33 @@ class TracedEngines:
         self.check_routing(routing)
         if routing is None:
             return {}
-        _, dtypes = self._engine(forced=True)
+        _, dtypes = self._engine(FORCED)
         return instrument.forced_feeds(self._layers, routing, dtypes)
+
+    def bare_feeds(self, routing: Sequence[tuple[Array, Array]]) -> dict[str, Array]:
+        """Ids and weights per layer as inputs of the bare form.
+
+        Raises:
+            InputError: there are not as many as the model has MoE layers.
+        """
+        if len(routing) != len(self._layers):
+            raise InputError(f"routing of {len(routing)} layers; the bundle has {len(self._layers)}")
+        _, dtypes = self._engine(BARE)
+        named = {
+            name: array
+            for layer, pair in zip(self._layers, routing, strict=True)
+            for name, array in zip((layer.expert_ids, layer.weights), pair, strict=True)
+        }
+        return {name: np.ascontiguousarray(array, dtypes[name]) for name, array in named.items()}
 
     def check_routing(self, routing: Sequence[LayerTrace] | None) -> None:
         """Raise :class:`InputError` where ``routing`` does not fit the model."""
         if routing is not None:
             instrument.check_routing(self._layers, routing)
 
-    def outputs(self, feeds: dict[str, Array], *, forced: bool) -> dict[str, Array]:
-        """Outputs and the layers' values of one run; ``feeds`` hold the routing where it is ``forced``."""
-        engine, _ = self._engine(forced=forced)
+    def outputs(self, feeds: dict[str, Array], form: str) -> dict[str, Array]:
+        """What a form of the model gives; ``feeds`` hold the routing where it takes it."""
+        engine, _ = self._engine(form)
         return engine.run(feeds)
 
     def finished(self, outputs: dict[str, Array], forced: dict[str, Array]) -> TracedRun:
@@ -91,7 +119,7 @@ class TracedEngines:
     ) -> dict[str, Array]:
         """Logits [batch, sequence, vocab], and the layers' values [batch * sequence, ...]."""
         wanted = [LOGITS, *instrument.traced_values(self._layers)]
-        engine, _ = self._engine(forced=False)
+        engine, _ = self._engine(SHOWN)
         stepper = CachedStepper(engine, self._io, self._limits, len(ids), wanted)
         pieces: dict[str, list[Array]] = {name: [] for name in wanted}
         start = 0
@@ -113,33 +141,35 @@ class TracedEngines:
         """What :meth:`chunked_outputs` gave."""
         return TracedRun({LOGITS: outputs[LOGITS]}, instrument.layer_traces(self._layers, outputs))
 
-    def _engine(self, *, forced: bool) -> tuple[Engine, dict[str, np.dtype[Any]]]:
-        """The engine and the dtypes of its inputs."""
-        if not self._layers and not forced:
+    def _engine(self, form: str) -> tuple[Engine, dict[str, np.dtype[Any]]]:
+        """The engine of a form, and the dtypes of its inputs."""
+        if not self._layers and form == SHOWN:
             return self._plain, {}
         with self._lock:
-            if forced not in self._loaded:
-                model = instrument.traced_model(self._path, self._layers, force_routing=forced)
-                label = f"{self._path} with its routing {'forced' if forced else 'shown'}"
-                session = create_session(
-                    model,
-                    threads=self._threads,
-                    folder=self._path.parent,
-                    prepack=False,
-                    label=label,
-                    plugin=self._plugin,
-                )
-                dtypes = {value.name: instrument.dtype_of(value.type) for value in session.get_inputs()}
-                outputs = [value.name for value in session.get_outputs()]
-                engine = Engine(
-                    session,
-                    label,
-                    outputs,
-                    shared_cache=self._plain.shared_cache,
-                    rows_apart=self._plain.rows_apart,
-                )
-                self._loaded[forced] = engine, dtypes
-            return self._loaded[forced]
+            if form not in self._loaded:
+                self._loaded[form] = self._load(form)
+            return self._loaded[form]
+
+    def _load(self, form: str) -> tuple[Engine, dict[str, np.dtype[Any]]]:
+        model = instrument.traced_model(
+            self._path, self._layers, force_routing=form != SHOWN, show=form != BARE
+        )
+        label = f"{self._path} with its routing {'shown' if form == SHOWN else 'forced'}"
+        session = create_session(
+            model,
+            threads=self._threads,
+            folder=self._path.parent,
+            prepack=form == BARE,
+            label=label,
+            plugin=self._plugin,
+        )
+        dtypes = {value.name: instrument.dtype_of(value.type) for value in session.get_inputs()}
+        outputs = [value.name for value in session.get_outputs()]
+        plain = self._plain
+        engine = Engine(
+            session, label, outputs, shared_cache=plain.shared_cache, rows_apart=plain.rows_apart
+        )
+        return engine, dtypes
 
 
 def check_chunks(chunks: Sequence[int], length: int) -> None:

@@ -122,7 +122,7 @@ def test_what_cannot_be_done_arrives_as_such(engine: ProcessSeat, tmp_path: Path
 
 def test_death_is_told(engine: ProcessSeat) -> None:
     engine.call("load", WAIT)
-    os.kill(engine.pid, signal.SIGKILL)
+    os.kill(engine.pids[0], signal.SIGKILL)
     with pytest.raises(Failed, match=r"killed \(probably out of memory\)"):
         engine.call("memory", WAIT)
     with pytest.raises(Failed, match="killed"):
@@ -135,7 +135,7 @@ def test_too_long_is_ended(engine: ProcessSeat) -> None:
     with pytest.raises(Failed, match="ended before"):
         engine.call("load", WAIT)
     with pytest.raises(ProcessLookupError):
-        os.kill(engine.pid, 0)
+        os.kill(engine.pids[0], 0)
 
 
 def test_a_benchmark_that_is_killed_takes_its_processes_along(folder: Path) -> None:
@@ -144,7 +144,7 @@ def test_a_benchmark_that_is_killed_takes_its_processes_along(folder: Path) -> N
         "from moe_export.bench.process import ProcessSeat\n"
         "seat = ProcessSeat(json.loads(sys.argv[1]), 1)\n"
         "seat.call('load', 120.0)\n"
-        "print(seat.pid, flush=True)\n"
+        "print(seat.pids[0], flush=True)\n"
         "time.sleep(120)\n"
     )
     spec = json.dumps({"kind": "engine", "bundle": str(folder), "threads": 1})
@@ -160,7 +160,7 @@ def test_a_benchmark_that_is_killed_takes_its_processes_along(folder: Path) -> N
 
 
 def test_closing_ends_the_process_and_may_be_repeated(engine: ProcessSeat) -> None:
-    pid = engine.pid
+    pid = engine.pids[0]
     engine.close()
     engine.close()
     with pytest.raises(ProcessLookupError):

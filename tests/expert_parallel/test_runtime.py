@@ -6,12 +6,16 @@ The ranks' graphs are the whole tiny model, without collectives: what is tested 
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from moe_export.bundle.manifest import read_manifest
 from moe_export.errors import BundleError
 from moe_export.runtime.launch import launched, mpiexec_command, timeout_seconds, without_launcher
 from moe_export.runtime.rows import Deal, check_rows_lead, joined
@@ -19,7 +23,7 @@ from moe_export.runtime.session import load
 from moe_export.schema import ModelIO, TensorSpec
 from tests.expert_parallel.mpi import COMMAND, mpiexec, needs_mpi, script
 from tests.helpers.rank_bundle import make_rank_bundle
-from tests.helpers.tiny_bundle import make_tiny_bundle
+from tests.helpers.tiny_bundle import make_tiny_bundle, write_manifest
 
 USES = '''
 import sys
@@ -57,12 +61,16 @@ with load(bundle, threads=1) as session:
         keep(f"forced{batch}", session.run_traced(inputs, force_routing=other))
         stepper = session.stepper(batch)
         arrays[f"step{batch}.0"] = stepper.feed(ids, mask)["logits"].copy()
+        pairs = [(l.expert_ids, l.weights) for l in other]
+        outputs = session.run_forced(inputs, pairs)
+        arrays.update({f"bare{batch}.{key}": value for key, value in outputs.items()})
         arrays[f"step{batch}.1"] = stepper.feed(ids[:, :1], mask[:, -1:])["logits"].copy()
     for refused in (
         lambda: session.run({"input_ids": [[999]]}),
         lambda: session.stepper(2).feed(np.zeros((3, 1), np.int64), np.ones((3, 1), np.int64)),
         lambda: session.chunked_logits(ids, mask, (1, 1)),
         lambda: session.run_traced(inputs, force_routing=shown.layers[:1]),
+        lambda: session.run_forced(inputs, pairs[:1]),
     ):
         try:
             refused()
@@ -86,8 +94,6 @@ np.savez(output, **arrays)
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
     """What one rank computes."""
-    import subprocess
-
     folder = tmp_path_factory.mktemp("one")
     bundle = make_tiny_bundle(folder / "bundle")
     command = [*map(str, script(folder, "uses", USES)), str(bundle), str(folder / "out.npz")]
@@ -111,7 +117,7 @@ def test_all_ways_to_run_give_what_one_rank_gives(
     for name, array in expected.items():
         assert got[name].shape == array.shape, name
         np.testing.assert_allclose(got[name], array, rtol=1e-5, atol=1e-5, err_msg=name)
-    assert done.out.count("refused:") == 4
+    assert done.out.count("refused:") == 5
     for rank in range(ranks):
         assert f"used: {rank} True True True True" in done.out
     assert f"{ranks} ranks on 1 host(s), exchange {mode}" in done.out
@@ -126,11 +132,69 @@ def test_the_command_line_prints_once(tmp_path: Path, mode: str) -> None:
     assert done.code == 0, done.err
     with load(make_tiny_bundle(tmp_path / "one"), threads=1) as session:
         want = session.generate("hello", max_new_tokens=4)
-    import json
-
     answer = json.loads(done.out)
     assert answer["token_ids"] == want.token_ids
     assert done.err.count("note: 2 ranks on 1 host(s)") == 1
+
+
+@needs_mpi
+@pytest.mark.parametrize("mode", ["allreduce", "alltoall"])
+def test_verification_on_ranks(tmp_path: Path, mode: str) -> None:
+    """Right graphs pass, and one wrong rank is found."""
+    text = (
+        "import sys\nfrom moe_export.runtime import launched, serve_rank\nfrom moe_export.verify import "
+        "verify_bundle\nfrom tests.helpers.tiny_bundle import TinyReference, TinyWeights\n"
+        "if launched().rank:\n    serve_rank(sys.argv[1])\n    sys.exit()\n"
+        "reference = TinyReference(TinyWeights.make(0))\n"
+        "report = verify_bundle(sys.argv[1], against=reference, force_routing=True)\n"
+        "print(report.passed, len(report.cases))\n"
+    )
+    bundle = make_rank_bundle(tmp_path / "bundle", 2, mode)
+    done = mpiexec(2, *script(tmp_path, "verify", text), bundle)
+    assert done.code == 0, done.err
+    passed, cases = done.out.split()
+    assert passed == "True" and int(cases) > 5
+    if mode == "alltoall":
+        wrong = make_tiny_bundle(tmp_path / "wrong", broken="expert_swapped")
+        for name in ("model.onnx", "model.onnx.data"):
+            (bundle / "rank1" / name).write_bytes((wrong / name).read_bytes())
+        write_manifest(bundle, read_manifest(bundle))
+        done = mpiexec(2, *script(tmp_path, "verify", text), bundle)
+        assert (done.code, done.out.split()[0]) == (0, "False"), done.err
+
+
+@needs_mpi
+def test_traces_on_ranks(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("the same text for one rank and for two")
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    bundle = make_rank_bundle(tmp_path / "bundle", 2, "alltoall")
+    words = ("--data", tmp_path / "text", "--window", "16", "-q", "--json")
+    done = mpiexec(2, COMMAND, "trace", bundle, *words, two)
+    assert (done.code, done.err) == (0, "")
+    assert done.out.count("tokens; p50") == 1
+    single = make_tiny_bundle(tmp_path / "single")
+    subprocess.run([COMMAND, "trace", single, *words, one], check=True, capture_output=True)
+    want, got = json.loads(one.read_text()), json.loads(two.read_text())
+    assert [layer["counts"] for layer in got["layers"]] == [layer["counts"] for layer in want["layers"]]
+
+
+@needs_mpi
+def test_benchmarks_on_ranks(tmp_path: Path) -> None:
+    bundle = make_rank_bundle(tmp_path / "bundle", 2, "alltoall")
+    done = mpiexec(
+        2, COMMAND, "bench", bundle, "--baselines", "none", "--sequence", "8", "--decode-tokens", "2",
+        "--rounds", "1", "--routing", "real,uniform", "--batch", "1,3", "--json", "-q",
+    )  # fmt: skip
+    assert (done.code, done.err) == (0, "")
+    report = json.loads(done.out)
+    assert {(row["phase"], row["batch"], row["routing"]) for row in report["rows"]} >= {
+        ("prefill", 1, "real"), ("decode", 3, "real"), ("prefill", 3, "uniform"),
+    }  # fmt: skip
+    notes = " ".join(report["notes"])
+    assert re.search(r"rank 0 \(.*\): \d+ runs, .* s in its graphs", notes)
+    assert re.search(r"rank 1 \(.*\): \d+ runs, .* s in its graphs", notes)
+    assert "2 ranks on 1 host(s), exchange alltoall" in " ".join(report["contestants"][0]["notes"])
+    assert report["contestants"][0]["peak_rss"] > 1 << 24
 
 
 @needs_mpi
@@ -194,16 +258,17 @@ def test_engines_whose_batch_is_not_first_cannot_be_divided() -> None:
 
 
 def test_what_the_launcher_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("PMI_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
+    names = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
     for name in names:
         monkeypatch.delenv(name, raising=False)
-    assert dataclasses.astuple(launched()) == (0, 1)
+    assert dataclasses.astuple(launched()) == (0, 1, 1)
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "2")
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "3")
-    assert dataclasses.astuple(launched()) == (2, 3)
+    assert dataclasses.astuple(launched()) == (2, 3, 3)
     monkeypatch.setenv("PMI_RANK", "1")
     monkeypatch.setenv("PMI_SIZE", "4")
-    assert dataclasses.astuple(launched()) == (1, 4)
+    monkeypatch.setenv("MPI_LOCALNRANKS", "2")
+    assert dataclasses.astuple(launched()) == (1, 4, 2)
     given = {"PMI_RANK": "1", "PMI_FD": "9", "MPI_LOCALNRANKS": "2", "HOME": "h", "PATH": "p"}
     kept = without_launcher(given)
     assert kept == {"HOME": "h", "PATH": "p"}

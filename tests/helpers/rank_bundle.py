@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_export.bundle.manifest import read_manifest
-from moe_export.schema import ExpertParallel
+from moe_export.schema import ExpertParallel, LayerPlacement
 from tests.helpers.tiny_bundle import make_tiny_bundle, write_manifest
 
 
@@ -25,8 +25,15 @@ def make_rank_bundle(
             shutil.copyfile(folder / name, place / name)
     for name in ("model.onnx", "model.onnx.data"):
         (folder / name).unlink()
-    parallel = ExpertParallel(ranks, mode)  # type: ignore[arg-type] # the tests' own words
     manifest = read_manifest(folder)
+    layers = tuple(
+        LayerPlacement(
+            layer.index,
+            tuple(tuple(range(rank, layer.num_experts, ranks)) for rank in range(ranks)),
+        )
+        for layer in manifest.moe_layers
+    )
+    parallel = ExpertParallel(ranks, mode, layers=layers)  # type: ignore[arg-type] # the tests' own words
     changed = dataclasses.replace(
         manifest, target=target, model_file="rank0/model.onnx", expert_parallel=parallel
     )
