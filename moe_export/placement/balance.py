@@ -7,8 +7,8 @@ groups are packed on machines, replicas are made inside each machine, and then p
 otherwise.
 
 Beyond what was published: any number of experts and slots (ranks then differ by one slot), no rank holds an
-expert twice, packed slots change places while the busiest rank gets lighter by it, and replicas that would
-make the busiest rank busier are left out.
+expert twice, packed slots change places while the busiest rank gets lighter by it, and of the slots for
+replicas as many are used as make the busiest rank lightest (more are not always better).
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ from moe_export.placement.packing import pack, replicate
 from moe_export.schema import LayerPlacement
 
 Ranks = tuple[tuple[int, ...], ...]
+_TRIED = 16
+"""So many numbers of replicas are tried besides none."""
+_EQUAL = 1e-9
+"""Loads that differ by so little, relatively, are equal: the placement with fewer slots is taken."""
 
 
 def contiguous(num_experts: Sequence[int], ranks: int) -> tuple[LayerPlacement, ...]:
@@ -51,8 +55,8 @@ def place(
     number of neighbouring ranks. ``groups``: groups of experts that the router chooses between (of all
     layers, or of each), each of neighbouring experts; a group's experts stay on one machine where the
     machines divide the groups.
-    ``redundant``: slots for replicas per layer; fewer are used where all of them would make the busiest rank
-    busier than it is without. Never worse, on these loads, than :func:`contiguous`.
+    ``redundant``: slots for replicas per layer, at most; fewer are used where that makes the busiest rank
+    lighter. Never worse, on these loads, than :func:`contiguous`.
 
     Raises:
         UsageError: numbers that do not go together, or loads that are not finite and 0 or more.
@@ -105,17 +109,19 @@ def _layer(
     def busiest(found: Ranks) -> float:
         return float(rank_loads(LayerPlacement(index, found), loads).max())
 
-    found = _divide(loads, ranks, nodes, groups, redundant)
-    if ranks > experts:
-        return found
-    bare = min(_divide(loads, ranks, nodes, groups, 0), _in_order(index, experts, ranks), key=busiest)
-    limit = busiest(bare) * (1 + 1e-12)
-    for fewer in range(redundant, 0, -1):
-        if fewer < redundant:
-            found = _divide(loads, ranks, nodes, groups, fewer)
-        if busiest(found) <= limit:
-            return found
-    return bare
+    numbers = {redundant * step // _TRIED for step in range(_TRIED + 1)} | {max(ranks - experts, 0)}
+    found = [
+        _divide(loads, ranks, nodes, groups, number)
+        for number in sorted(numbers)
+        if number >= ranks - experts
+    ]
+    if ranks <= experts:
+        found.insert(0, _in_order(index, experts, ranks))
+    best = found[0]
+    for other in found[1:]:
+        if busiest(other) < busiest(best) * (1 - _EQUAL):
+            best = other
+    return best
 
 
 def _divide(

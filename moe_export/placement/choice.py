@@ -82,7 +82,9 @@ def _decision(
     if copied:
         words.append("replicas: " + ", ".join(f"expert {e} {n} times" for e, n in copied.items()))
     if (unused := config.redundant_experts - (len(slots) - layer.num_experts)) > 0:
-        words.append(f"{unused} redundant slots left out: they would make the busiest rank busier")
+        words.append(
+            f"{unused} of {config.redundant_experts} redundant slots left out: more replicas do not help"
+        )
     if config.ep_nodes > 1:
         words.append(
             f"{groups} groups of experts stay on one machine each"

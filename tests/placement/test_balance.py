@@ -113,7 +113,7 @@ def test_deepseeks_example_is_as_balanced() -> None:
     for loads, published in zip(PUBLISHED_LOADS, PUBLISHED_BUSIEST, strict=True):
         (grouped,) = place([loads], 8, nodes=2, groups=4, redundant=4)
         assert busiest(grouped, loads) <= published
-        assert [len(held) for held in grouped.experts] == [2] * 8
+        assert sum(map(len, grouped.experts)) <= 16
         (free,) = place([loads], 8, redundant=4)
         assert busiest(free, loads) <= busiest(grouped, loads)
 
@@ -131,6 +131,13 @@ def test_replicas_that_would_hurt_are_left_out() -> None:
     (found,) = place([loads], 2, redundant=1)
     assert sum(map(len, found.experts)) == 4
     assert imbalance(found, loads) == 1.0
+
+
+@settings(max_examples=100, deadline=None)
+@given(loads=st.lists(st.integers(0, 100), min_size=4, max_size=12), redundant=st.integers(1, 8))
+def test_more_slots_are_never_worse(loads: list[int], redundant: int) -> None:
+    few, more = (place([loads], 4, redundant=number)[0] for number in (redundant - 1, redundant))
+    assert busiest(more, loads) <= busiest(few, loads) * (1 + 1e-9)
 
 
 def test_a_skewed_model_becomes_even() -> None:

@@ -66,7 +66,7 @@ def test_replicas_left_out_are_told(tmp_path: Path) -> None:
     file = trace(tmp_path, [25, 25, 25, 25])
     config = BuildConfig(ep=2, placement="balanced", trace=file, redundant_experts=1)
     _, decisions = placement_from_config(config, [layer(experts=4)])
-    assert "1 redundant slots left out" in decisions[0].reason
+    assert "1 of 1 redundant slots left out" in decisions[0].reason
 
 
 @pytest.mark.parametrize(
