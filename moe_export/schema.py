@@ -103,6 +103,18 @@ class SourceInfo:
     model_type: str
     class_name: str
     hash: str
+    layers: int | None = None
+    """Only its first so many layers were taken (of each stack), for a trial; ``hash`` is over their weights.
+    None: all."""
+    all_layers: int | None = None
+    """Beside ``layers``: how many the source has."""
+
+    @property
+    def trial(self) -> str:
+        """One line that says what was taken of the source; empty: all of it."""
+        if self.layers is None:
+            return ""
+        return f"a trial: the first {self.layers} of the source's {self.all_layers} layers, not all of it"
 
 
 @dataclass(frozen=True)

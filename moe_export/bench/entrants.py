@@ -80,7 +80,9 @@ class Entrants:
         return ""
 
     def _model_spec(self) -> dict[str, Any]:
-        return {"source": self._source.path, "task": self._task, "threads": self._threads}
+        found = self._source
+        spec = {"source": found.path, "task": self._task, "threads": self._threads}
+        return spec if found.layers is None else {**spec, "layers": found.layers}
 
     def _enter(
         self, name: str, spec: dict[str, Any], source_hash: str | None = None, prepare_s: float | None = None

@@ -28,8 +28,10 @@ class TransformersExport(TorchRunner):
     ``export_for_generation`` makes by default; the fused forms are made from the same trace.
     """
 
-    def __init__(self, source: Any, task: str, threads: int, folder: str, cached: bool) -> None:
-        super().__init__(source, task, threads)
+    def __init__(
+        self, source: Any, task: str, threads: int, folder: str, cached: bool, layers: int | None = None
+    ) -> None:
+        super().__init__(source, task, threads, layers=layers)
         self._folder = Path(folder)
         self._cached = cached
 

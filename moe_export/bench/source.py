@@ -22,6 +22,8 @@ class BaselineSource:
     module: Any = None
     hash: str | None = None
     reason: str = ""
+    layers: int | None = None
+    """Take so many of its layers only, as the bundle has no more; None: all."""
 
 
 def find_source(manifest: Manifest, source: Any, folder: Path) -> BaselineSource:
@@ -33,6 +35,7 @@ def find_source(manifest: Manifest, source: Any, folder: Path) -> BaselineSource
     Raises:
         UsageError: ``source`` is of a type no model comes in.
     """
+    layers = manifest.source.layers
     if source is None:
         path = manifest.source.path
         if path is None:
@@ -44,16 +47,16 @@ def find_source(manifest: Manifest, source: Any, folder: Path) -> BaselineSource
             return BaselineSource(
                 path, reason=f"the source is no longer at {path}; give its place with --source"
             )
-        return BaselineSource(path, path, hash=manifest.source.hash)
+        return BaselineSource(path, path, hash=manifest.source.hash, layers=layers)
     if isinstance(source, (str, Path)):
         path = str(source)
         if not _exists(path):
             return BaselineSource(path, reason=f"no source at {path}")
-        return BaselineSource(path, path, hash=manifest.source.hash)
+        return BaselineSource(path, path, hash=manifest.source.hash, layers=layers)
     name = type(source).__name__
     if hasattr(source, "save_pretrained") and hasattr(source, "config"):
         source.save_pretrained(folder)
-        return BaselineSource(f"a live {name}", str(folder))
+        return BaselineSource(f"a live {name}", str(folder), layers=layers)
     if hasattr(source, "state_dict") and callable(source):
         return BaselineSource(f"a live {name}", module=source)
     raise UsageError(f"source: expected a folder, file.py:function or an nn.Module, got {name}")

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..progress import NullProgress
 from ..process_memory import reset_peak
+from ..progress import NullProgress
 from .runner import NotPossible, Runner, read_arrays
 
 if TYPE_CHECKING:
@@ -44,8 +44,12 @@ class TorchRunner(Runner):
     """PyTorch eager with the model's default settings, in float32. All tokens are real, so no mask is
     passed."""
 
-    def __init__(self, source: Any, task: str, threads: int, sample: str | None = None) -> None:
-        """``sample``: an ``.npz`` file of sample inputs, which a live module of one's own needs."""
+    def __init__(
+        self, source: Any, task: str, threads: int, sample: str | None = None, layers: int | None = None
+    ) -> None:
+        """``sample``: an ``.npz`` file of sample inputs, which a live module of one's own needs. ``layers``:
+        take the source's first so many layers only."""
+        self._layers = layers
         self._source = source
         self._sample = sample
         self._task = task
@@ -79,7 +83,9 @@ class TorchRunner(Runner):
         inputs = None
         if self._sample is not None:
             inputs = {name: torch.from_numpy(array) for name, array in read_arrays(self._sample).items()}
-        self._loaded = load_source(self._source, task=task, inputs=inputs, progress=timer)
+        self._loaded = load_source(
+            self._source, task=task, inputs=inputs, layers=self._layers, progress=timer
+        )
         seconds = time.perf_counter() - start
         self._call = self._loaded.module
         return {"seconds": timer.seconds or seconds, "source_hash": self._loaded.info.hash}

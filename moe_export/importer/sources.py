@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from .checkpoint import CheckpointInfo
+    from .first_layers import FirstLayers
     from .weight_sources import StoredWeights
 
 
@@ -59,6 +61,7 @@ def load_source(
     trust_remote_code: bool = False,
     hollow: bool = False,
     streamed: bool = False,
+    layers: int | None = None,
     progress: Progress | None = None,
 ) -> LoadedSource:
     """Load ``source`` in float32 and eval mode.
@@ -72,6 +75,7 @@ def load_source(
         dynamic: input name → {axis: symbolic dimension}; every other axis is fixed.
         hollow: leave the large weights of a model folder where they lie; the model can be traced, not run.
         streamed: of a hollow model: the graph's weights are read when they are written, not referred to.
+        layers: take a transformers model's first so many layers only; of a folder, no other is read.
 
     Raises:
         SourceError: the source is missing, damaged or of an unknown or refused family.
@@ -87,7 +91,8 @@ def load_source(
 
     if isinstance(source, nn.Module):
         if _is_library_model(source):
-            return _library_source(source, None, task, "")
+            return _live_source(source, None, task, layers)
+        _refuse_layers(layers)
         return module_source(source, None, inputs, dynamic, task)
     if not isinstance(source, (str, Path)):
         raise UsageError(
@@ -98,11 +103,40 @@ def load_source(
     if colon and file.endswith(".py"):
         module, found_inputs, found_dynamic = call_factory(Path(file), function)
         if _is_library_model(module):
-            return _library_source(module, text, task, "")
+            return _live_source(module, text, task, layers)
+        _refuse_layers(layers)
         return module_source(module, text, inputs or found_inputs, dynamic or found_dynamic, task)
     if text.endswith(".py"):
         raise SourceError(f"{text}: name the function that makes the model: {text}:build")
-    return _folder_source(Path(text), task, trust_remote_code, hollow, streamed, progress or NullProgress())
+    taken = _Taken(hollow, streamed, layers)
+    return _folder_source(Path(text), task, trust_remote_code, taken, progress or NullProgress())
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """What of a model folder is taken, and how; see :func:`load_source`."""
+
+    hollow: bool = False
+    streamed: bool = False
+    layers: int | None = None
+
+
+def _live_source(model: Any, path: str | None, task: str | None, layers: int | None) -> LoadedSource:
+    """A transformers model that is there already, or its first layers."""
+    if layers is None:
+        return _library_source(model, path, task, "")
+    from .first_layers import first_layers_of
+
+    short, cut = first_layers_of(model, layers)
+    return _library_source(short, path, task, "", cut)
+
+
+def _refuse_layers(layers: int | None) -> None:
+    if layers is not None:
+        raise UsageError(
+            "layers: only models of transformers are cut; let your own function make a module with fewer "
+            "layers"
+        )
 
 
 def _require(module: str, package: str) -> None:
@@ -152,50 +186,95 @@ def check_finite_state(module: nn.Module) -> None:
 
 
 def _folder_source(
-    folder: Path, task: str | None, trust_remote_code: bool, hollow: bool, streamed: bool, progress: Progress
+    folder: Path, task: str | None, trust_remote_code: bool, taken: _Taken, progress: Progress
 ) -> LoadedSource:
     from .checkpoint import hash_of_digests, inspect_checkpoint
     from .read_through import read_through
 
     checkpoint = inspect_checkpoint(folder, trust_remote_code=trust_remote_code)
-    digests = read_through(folder, progress)
-    digest = hash_of_digests(digests)
+    digests = {} if taken.layers is not None else read_through(folder, progress)
     _require("transformers", "transformers")
-    import torch
-    import transformers
-
-    with progress.stage("load the source model"), _no_library_bars():
-        try:
-            config = transformers.AutoConfig.from_pretrained(
-                folder, trust_remote_code=trust_remote_code, local_files_only=True
+    config, loader, options = _read_config(folder, trust_remote_code)
+    if checkpoint.quantization is not None:
+        if options:
+            raise UnsupportedModelError(
+                f"{folder}: its weights are quantised ({checkpoint.quantization.method}), which is read "
+                "for classes of transformers, and its class is code in the folder; take the float "
+                "checkpoint"
             )
-        except Exception as error:  # each configuration class raises its own
-            raise SourceError(f"{folder}/config.json: transformers cannot read it: {_told(error)}") from error
-        loader, options = _loader(folder, config, trust_remote_code)
-        if hollow or checkpoint.quantization is not None:
+        _forget_quantization(config)
+    cut = None
+    if taken.layers is not None:
+        cut, digests, digest = _first_layers(folder, checkpoint, (config, loader, options), taken, progress)
+        config = cut.config
+    else:
+        digest = hash_of_digests(digests)
+    with progress.stage("load the source model"), _no_library_bars():
+        if taken.hollow or checkpoint.quantization is not None or (cut is not None and cut.count):
             from .hollow import hollow_model
 
-            if options and checkpoint.quantization is not None:
-                raise UnsupportedModelError(
-                    f"{folder}: its weights are quantised ({checkpoint.quantization.method}), which is read "
-                    "for classes of transformers, and its class is code in the folder; take the float "
-                    "checkpoint"
-                )
-            _forget_quantization(config)
-            model, stored = hollow_model(loader, config, checkpoint, options, whole=not hollow)
+            model, stored = hollow_model(loader, config, checkpoint, options, whole=not taken.hollow)
             _read_generation_config(model, folder)
-            stored = dataclasses.replace(stored, digests=digests, streamed=streamed)
-            source = _library_source(model, str(folder), task, digest)
+            stored = dataclasses.replace(stored, digests=digests, streamed=taken.streamed)
+            source = _library_source(model, str(folder), task, digest, cut)
             quantized = QuantizedWeights.of(checkpoint)
-            return dataclasses.replace(source, stored=stored if hollow else None, quantized=quantized)
-        try:
-            model, loading = loader.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
-            )
-        except Exception as error:  # safetensors, huggingface_hub and each model class raise their own
-            raise SourceError(f"{folder}: transformers cannot load it: {_told(error)}") from error
-    _refuse_incomplete(folder, loading)
+            return dataclasses.replace(source, stored=stored if taken.hollow else None, quantized=quantized)
+        model = _load_whole(folder, loader, options)
     return _library_source(model.eval(), str(folder), task, digest)
+
+
+def _load_whole(folder: Path, loader: Any, options: dict[str, Any]) -> Any:
+    import torch
+
+    try:
+        model, loading = loader.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
+        )
+    except Exception as error:  # safetensors, huggingface_hub and each model class raise their own
+        raise SourceError(f"{folder}: transformers cannot load it: {_told(error)}") from error
+    _refuse_incomplete(folder, loading)
+    return model
+
+
+def _read_config(folder: Path, trust_remote_code: bool) -> tuple[Any, Any, dict[str, Any]]:
+    """The configuration, the class that loads the model, and options for it."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # each configuration class raises its own
+        raise SourceError(f"{folder}/config.json: transformers cannot read it: {_told(error)}") from error
+    return (config, *_loader(folder, config, trust_remote_code))
+
+
+def _first_layers(
+    folder: Path,
+    checkpoint: CheckpointInfo,
+    model: tuple[Any, Any, dict[str, Any]],
+    taken: _Taken,
+    progress: Progress,
+) -> tuple[FirstLayers, dict[str, tuple[int, str]], str]:
+    """What the first layers are, digests of the checkpoint's files where all are read, and the hash of what
+    is read."""
+    from .checkpoint import hash_of_digests
+    from .first_layers import first_layers, read_needed
+    from .read_through import read_through
+
+    assert taken.layers is not None  # the caller looked
+    config, loader, options = model
+    if options:
+        raise UnsupportedModelError(
+            f"layers: the class of {folder} is code in the folder, and only classes of transformers are cut; "
+            "leave "
+            "layers out"
+        )
+    cut = first_layers(loader, config, taken.layers)
+    if cut.count is None:
+        digests = read_through(folder, progress)
+        return cut, digests, hash_of_digests(digests)
+    return cut, {}, read_needed(loader, cut, checkpoint, progress=progress)
 
 
 def _forget_quantization(config: Any) -> None:
@@ -269,7 +348,9 @@ def _no_library_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _library_source(model: nn.Module, path: str | None, task: str | None, digest: str) -> LoadedSource:
+def _library_source(
+    model: nn.Module, path: str | None, task: str | None, digest: str, cut: FirstLayers | None = None
+) -> LoadedSource:
     from ..models.families import FAMILIES
     from ..models.families import family as find_family
 
@@ -291,6 +372,8 @@ def _library_source(model: nn.Module, path: str | None, task: str | None, digest
     if chosen == "text-generation" and not head:
         raise UsageError(f"{type(model).__name__} has no language-model head; use --task feature-extraction")
     info = SourceInfo("huggingface", path, model_type, type(model).__name__, digest)
+    if cut is not None and cut.count is not None:
+        info = dataclasses.replace(info, layers=cut.count, all_layers=cut.depth)
     if chosen == "feature-extraction" and head:
         model = _without_head(model)
     files = tuple(Path(path) / n for n in TOKENIZER_FILES if (Path(path) / n).is_file()) if path else ()

@@ -181,4 +181,4 @@ def load_reference(path: str | Path, manifest: Manifest) -> ReferenceModel:
     """
     from ..importer.sources import load_source
 
-    return ReferenceModel(load_source(str(path), task=manifest.task))
+    return ReferenceModel(load_source(str(path), task=manifest.task, layers=manifest.source.layers))
