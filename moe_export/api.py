@@ -42,8 +42,9 @@ def export(
         source: model folder, ``file.py:function``, ``transformers`` model, or ``nn.Module`` with ``inputs``.
         output: folder to make; holds ``model.onnx``, its weights, and ``manifest.json``.
         weights: of a model folder. ``reference``: they stay in the checkpoint's files, which ``output`` then
-            shares by hard links, and none is held in memory; ``load``: read and written anew; ``auto``:
-            referenced where that is possible and the weights take 2 GiB or more.
+            shares by hard links, and none is held in memory; ``stream``: read one by one and written anew;
+            ``load``: all read first, and written anew; ``auto``: referenced where that is possible and the
+            weights take 2 GiB or more, else loaded.
         inputs, dynamic: of an own module; see :func:`moe_export.importer.sources.load_source`.
 
     Returns: the folder.
@@ -126,13 +127,15 @@ def _build(
     if not (output / "manifest.json").is_file():
         BundleWriter(output, overwrite=config.overwrite).check()
     environment = get_backend(config.target).environment(dataclasses.asdict(config))
+    weights = _where_weights_lie(source, config, progress)
     loaded = load_source(
         source,
         task=config.task,
         inputs=inputs,
         dynamic=dynamic,
         trust_remote_code=config.trust_remote_code,
-        hollow=_by_reference(source, config, progress),
+        hollow=weights != "load",
+        streamed=weights == "stream",
         progress=progress,
     )
     _limits(loaded, config)
@@ -142,9 +145,10 @@ def _build(
         progress.note(f"{output} is unchanged: same source, options and tools; nothing to build")
         _raise_if_failed(unchanged)
         return unchanged
-    each = 0 if loaded.stored is not None else 4 if config.dtype == "float32" else 2
+    referenced = loaded.stored is not None and not loaded.stored.streamed
+    each = 0 if referenced else 4 if config.dtype == "float32" else 2
     weight_bytes = sum(p.numel() for p in loaded.module.parameters()) * each
-    if loaded.stored is not None and loaded.quantized is not None:
+    if referenced and loaded.quantized is not None:
         weight_bytes += loaded.quantized.written_bytes(config.dtype)  # nothing quantised can be referred to
     with BundleWriter(
         output,
@@ -162,32 +166,35 @@ def _build(
 
 
 REFERENCE_FROM = 2 << 30
-"""Bytes of weights from which ``weights = "auto"`` leaves them where they lie. Smaller models are loaded:
-then the traced program is run beside the model, and onnx's own tools take the export's files."""
+"""Bytes of weights from which ``weights = "auto"`` does not load them. Smaller models are loaded: then the
+traced program is run beside the model, and onnx's own tools take the export's files."""
 
 
-def _by_reference(source: Any, config: BuildConfig, progress: Progress) -> bool:
-    """Whether the weights of ``source`` stay where they lie. A note says why large ones do not.
+def _where_weights_lie(source: Any, config: BuildConfig, progress: Progress) -> str:
+    """``load``, ``reference`` or ``stream``. A note says why large weights are loaded.
 
     Raises:
-        UsageError: that was asked for, and cannot be.
+        UsageError: one was asked for, and cannot be.
     """
-    problem = config.reference_problem()
-    if config.weights == "load" or (problem and (config.target != "portable" or config.verify)):
-        return False
+    how = config.weights
+    if how == "auto":
+        how = "reference" if config.target == "portable" else "stream"
+    problem = config.weights_problem(how)
+    if how == "load" or (problem and (config.verify or config.target in GPU_TARGETS)):
+        return "load"
     folder = isinstance(source, (str, Path)) and (Path(source) / "config.json").is_file()
     if not folder:
         name = source if isinstance(source, (str, Path)) else type(source).__name__
         problem = f"is for a model folder, and {name} is none"
     elif config.trust_remote_code:
         problem = "is for models whose class is one of transformers' own, so not with trust_remote_code"
-    if config.weights == "reference" and problem:
-        raise UsageError(f"weights: reference {problem}")
+    if config.weights == how and problem:
+        raise UsageError(f"weights: {how} {problem}")
     if not folder or (config.weights == "auto" and _weight_bytes(Path(source)) < REFERENCE_FROM):
-        return False
+        return "load"
     if problem:
-        progress.note(f"the weights are loaded and written anew: to leave them where they lie {problem}")
-    return not problem
+        progress.note(f"the weights are loaded: {how} {problem}")
+    return "load" if problem else how
 
 
 def _weight_bytes(folder: Path) -> int:
@@ -266,7 +273,7 @@ def _write_engine(
         limits=limits,
         moe_layers=lowered.moe_layers,
         decisions=(*placing, *lowered.decisions),
-        notes=lowered.notes,
+        notes=(*lowered.notes, *_streamed_note(loaded)),
         cache=lowered.cache,
         rows_apart=lowered.rows_apart,
         state=lowered.plans.state,
@@ -304,6 +311,12 @@ def _max_sequence(loaded: LoadedSource, config: BuildConfig) -> int | None:
             f"max_sequence: {config.max_sequence} is beyond the {limit} positions the model was made for"
         )
     return config.max_sequence or limit
+
+
+def _streamed_note(loaded: LoadedSource) -> tuple[str, ...]:
+    if loaded.stored is None or not loaded.stored.streamed:
+        return ()
+    return ("weights: read from the checkpoint one by one and written anew",)
 
 
 def _take_over_hashes(stored: StoredWeights, writer: BundleWriter) -> None:

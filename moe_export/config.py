@@ -24,8 +24,9 @@ QUANTIZED_LOWERINGS: tuple[str, ...] = ("auto", "qmoe", "plugin")
 CPU_LOWERINGS: tuple[str, ...] = ("auto", "fused", "unrolled", "loop")
 GPU_LOWERINGS: tuple[str, ...] = ("auto", "native", "plugin")
 NATIVE_LOWERINGS: tuple[str, ...] = ("auto", "gather", "buckets", "both", "dense", "trt_moe")
-WEIGHTS: tuple[str, ...] = ("auto", "reference", "load")
-"""``reference``: in the checkpoint's own files, which the engine shares; ``load``: read and written anew."""
+WEIGHTS: tuple[str, ...] = ("auto", "reference", "stream", "load")
+"""``reference``: in the checkpoint's own files, which the engine shares; ``stream``: read one by one and
+written anew, so that none is held in memory; ``load``: all read first, and written anew."""
 EXPERT_LOWERINGS: tuple[str, ...] = tuple(dict.fromkeys((*CPU_LOWERINGS, *GPU_LOWERINGS)))
 OPSETS: tuple[int, ...] = (20, 21, 22, 24)
 DEFAULT_OPSET = 20
@@ -77,7 +78,8 @@ class BuildConfig:
     """What runs quantised experts: ONNX Runtime's QMoE or the CPU plugin's op; ``auto`` takes the faster one,
     per layer."""
     weights: str = "auto"
-    """Where the weights of an exported model folder lie; see :data:`WEIGHTS`."""
+    """Where the weights of a model folder lie; see :data:`WEIGHTS`. ``auto``: not loaded where that is
+    possible and they take 2 GiB or more."""
     ep: int = 1
     """Ranks that the experts are divided over; 1 = one engine holds all."""
     ep_mode: str = "allreduce"
@@ -195,22 +197,28 @@ class BuildConfig:
                 "expert_weights: packed is for fused experts; it needs target onnxruntime, expert_lowering "
                 "auto or fused, and no quantize"
             )
-        if self.weights == "reference" and (why := self.reference_problem()):
-            raise UsageError(f"weights: reference {why}")
+        if why := self.weights_problem(self.weights):
+            raise UsageError(f"weights: {self.weights} {why}")
         if self.quantize is not None and self.target != "onnxruntime":
             raise UsageError(
                 f"quantize: {self.quantize} needs target onnxruntime, which has ops for quantised "
                 f"experts; target {self.target} has none"
             )
 
-    def reference_problem(self) -> str:
-        """Why weights cannot be left where they lie; empty when they can."""
-        if self.target != "portable":
-            return f"needs target portable; {self.target} lays weights out anew"
-        if self.verify or self.bench:
-            return "needs verify = false and bench = false, which load the model: use `moe-export export`"
+    def weights_problem(self, how: str) -> str:
+        """Why weights cannot lie as ``how`` (of :data:`WEIGHTS`) says; empty when they can."""
+        if how not in ("reference", "stream"):
+            return ""
+        if self.target in GPU_TARGETS:
+            return f"needs target onnxruntime or portable; {self.target} loads them"
+        if how == "reference" and self.target != "portable":
+            return f"needs target portable; {self.target} lays weights out anew, which stream does"
+        if self.verify:
+            return "needs verify = false: verifying loads the model"
+        if how == "reference" and self.bench:
+            return "needs bench = false: nothing of a portable export is measured"
         if self.dtype == "float16":
-            return "needs dtype float32 or bfloat16; float16 changes every weight"
+            return "needs dtype float32 or bfloat16: models are traced in float16 with their weights"
         return ""
 
     def key_fields(self) -> dict[str, Any]:

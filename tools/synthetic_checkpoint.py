@@ -49,12 +49,15 @@ def tensors_of(config: dict[str, Any]) -> list[tuple[str, tuple[int, ...]]]:
     return [(name, tuple(t.shape)) for name, t in revert_weight_conversion(model, state).items()]
 
 
-def write_checkpoint(folder: Path, preset: str, layers: int | None = None, *, sparse: bool = False) -> int:
+def write_checkpoint(
+    folder: Path, model: str | dict[str, Any], layers: int | None = None, *, sparse: bool = False
+) -> int:
     """Write the checkpoint; returns the bytes of its tensors.
 
-    ``sparse``: the weights are holes, which read as zeros and take no space. Otherwise small random numbers.
+    ``model``: a preset, or config.json. ``sparse``: the weights are holes, which read as zeros and take no
+    space. Otherwise small random numbers.
     """
-    config = config_of(preset, layers)
+    config = config_of(model, layers) if isinstance(model, str) else model
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}), encoding="utf-8")
     shards = list(_shards(tensors_of(config)))

@@ -22,6 +22,7 @@ from moe_export.config import (
     QUANTIZATIONS,
     QUANTIZED_LOWERINGS,
     TARGETS,
+    WEIGHTS,
     load_config_file,
     merge,
 )
@@ -80,6 +81,11 @@ if TYPE_CHECKING:
     help="Replicas of busy experts per MoE layer, over all ranks.  [default: 0]",
 )  # fmt: skip
 @click.option("--ep-nodes", type=click.IntRange(1), help="Machines that the ranks lie on.  [default: 1]")
+@click.option(
+    "--weights", type=click.Choice(WEIGHTS),
+    help="stream: read weights one by one, needs --no-verify; load: all first.  [default: auto, stream from "
+    "2 GiB on]",
+)  # fmt: skip
 @click.option("--opset", type=int, help="ONNX opset.  [default: 20]")
 @click.option("--threads", type=click.IntRange(1), help="Threads of the engine.  [default: all cores]")
 @click.option("--seed", type=click.IntRange(0), help="Seed of every random input.  [default: 0]")

@@ -23,8 +23,9 @@ from moe_export.schema import DTYPES, TASKS
     type=click.Choice(WEIGHTS),
     default="auto",
     show_default=True,
-    help="reference: leave the weights in the checkpoint's files, which the export then shares; load: read "
-    "and write them anew; auto: referenced from 2 GiB on, where that is possible.",
+    help="reference: leave the weights in the checkpoint's files, which the export then shares; stream: read "
+    "them one by one and write them anew; load: read them all first; auto: referenced from 2 GiB on, where "
+    "that is possible.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an earlier export at the output.")
 @trust_remote_code_option

@@ -22,6 +22,7 @@ from ..schema import ModelIO
 from .graphs import TracedGraph
 from .referenced import refer_to_weights
 from .self_check import check_program
+from .streamed import stream_weights
 from .trace_errors import FIX, dimension_name, first_line, frozen, refused
 
 if TYPE_CHECKING:
@@ -140,8 +141,9 @@ def trace(
 ) -> tuple[ir.Model, ModelIO]:
     """Trace, check, and translate to ONNX with our ops as nodes and their bodies as functions.
 
-    ``stored``: the model is hollow, and this says where its weights lie; the graph then refers to them there,
-    and the traced program is not run beside the model, which would need the weights.
+    ``stored``: the model is hollow, and this says where its weights lie; the graph then refers to them there
+    or reads them when they are written, and the traced program is not run beside the model, which would need
+    the weights.
     ``complete``: adds to the graph and its inputs and outputs what was not traced.
 
     Returns the model and its inputs and outputs with every dimension named.
@@ -182,7 +184,7 @@ def trace(
         assert exported is not None
         io = plan.io if complete is None else complete(exported.model, plan.io)
         if stored is not None:
-            refer_to_weights(exported.model, stored)
+            (stream_weights if stored.streamed else refer_to_weights)(exported.model, stored)
             with weights_where_they_lie():
                 exported.optimize()
         from transformers.exporters.exporter_onnx import apply_onnx_ir_fixes

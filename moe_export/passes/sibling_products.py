@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +61,7 @@ def _pack(model: ir.Model, siblings: list[_Product]) -> None:
     product = ir.node("MatMul", [first.value, matrix])
     out = product.outputs[0]
     split = ir.node("Split", [out, sizes], attributes={"axis": -1}, num_outputs=len(siblings))
-    out.dtype = first.node.outputs[0].dtype
+    out.type = copy.copy(first.node.outputs[0].type)
     if first.value.shape is not None:
         out.shape = ir.Shape([*first.value.shape[:-1], sum(widths)])
     first.graph.insert_before(first.node, [product, split])
@@ -76,8 +77,7 @@ def _pack(model: ir.Model, siblings: list[_Product]) -> None:
 def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     import onnx_ir as ir
 
-    value = ir.Value(
-        name=tensor.name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape)
-    )
+    shape = ir.Shape(tensor.shape.numpy())
+    value = ir.Value(name=tensor.name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=shape)
     graph.register_initializer(value)
     return value

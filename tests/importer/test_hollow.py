@@ -233,22 +233,37 @@ def test_large_weights_stay_where_they_lie_and_small_ones_are_loaded(
         def note(self, text: str) -> None:
             notes.append(text)
 
-    def stays(source: Any = tmp_path, **changes: Any) -> bool:
+    def lie(source: Any = tmp_path, **changes: Any) -> str:
         config = BuildConfig(**{"target": "portable", "verify": False, "bench": False, **changes})
-        return api._by_reference(source, config, Notes())
+        return api._where_weights_lie(source, config, Notes())
 
-    assert not stays() and not stays(dtype="float16")
-    assert stays(weights="reference")
+    assert lie() == lie(dtype="float16") == lie(target="onnxruntime") == "load"
+    assert lie(weights="reference") == "reference"
+    assert lie(weights="stream") == lie(weights="stream", target="onnxruntime") == "stream"
     monkeypatch.setattr(api, "REFERENCE_FROM", 1000)
-    assert stays()
-    assert not stays(weights="load") and not stays(verify=True) and not stays(target="onnxruntime")
-    assert not stays("own.py:make") and notes == []
-    assert not stays(dtype="float16")
-    assert not stays(trust_remote_code=True)
-    assert [n.partition(" lie ")[2][:12] for n in notes] == ["needs dtype ", "is for model"]
-    with pytest.raises(UsageError, match="is for a model folder, and own.py:make is none"):
-        stays("own.py:make", weights="reference")
-    with pytest.raises(UsageError, match="not with trust_remote_code"):
-        stays(weights="reference", trust_remote_code=True)
-    with pytest.raises(UsageError, match="weights: reference needs target portable"):
-        stays(weights="reference", target="onnxruntime")
+    assert lie() == "reference"
+    assert lie(target="onnxruntime") == lie(target="onnxruntime", bench=True) == "stream"
+    assert lie(weights="load") == lie(verify=True) == lie(target="onnxruntime", verify=True) == "load"
+    assert lie(target="tensorrt-rtx", sm=(89,), dtype="float16") == "load"
+    assert lie("own.py:make") == "load" and notes == []
+    assert lie(dtype="float16") == lie(dtype="float16", target="onnxruntime") == "load"
+    assert lie(trust_remote_code=True) == "load"
+    assert [n.partition(" loaded: ")[2][:16] for n in notes] == [
+        "reference needs ", "stream needs dty", "reference is for"
+    ]  # fmt: skip
+    with pytest.raises(UsageError, match="reference is for a model folder, and own.py:make is none"):
+        lie("own.py:make", weights="reference")
+    with pytest.raises(UsageError, match="stream is for models whose class .* not with trust_remote_code"):
+        lie(weights="stream", trust_remote_code=True)
+    for given, text in (
+        ({"weights": "reference", "target": "onnxruntime"}, "reference needs target portable"),
+        ({"weights": "reference", "bench": True}, "reference needs bench = false"),
+        ({"weights": "stream", "verify": True}, "stream needs verify = false"),
+        ({"weights": "stream", "dtype": "float16"}, "stream needs dtype float32 or bfloat16"),
+        (
+            {"weights": "stream", "target": "tensorrt-rtx", "sm": (89,), "dtype": "float16"},
+            "stream needs target onnxruntime or portable",
+        ),
+    ):
+        with pytest.raises(UsageError, match=f"weights: {text}"):
+            lie(**given)

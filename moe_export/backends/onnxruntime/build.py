@@ -48,5 +48,6 @@ class OnnxRuntimeBackend(Backend):
 
     def _write(self, context: PassContext, folder: Path) -> None:
         write_onnx(context, folder)
-        # onnx.checker knows no contrib ops: ONNX Runtime itself is asked whether it takes the file.
-        create_session(folder / MODEL_FILE, threads=1)
+        # onnx.checker knows no contrib ops: ONNX Runtime itself is asked whether it takes the file. Like this
+        # it reads no weights, which may be larger than the memory.
+        create_session(folder / MODEL_FILE, threads=1, prepack=False, optimize=False)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from moe_export.errors import BundleError, EnvironmentLacksError, InputError
 
-from .plugin import register_cpu_plugin
+from .plugin import cpu_plugin_problem, register_cpu_plugin
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -61,6 +61,7 @@ def create_session(
     threads: int | None = None,
     folder: Path | None = None,
     prepack: bool = True,
+    optimize: bool = True,
     label: str | None = None,
     plugin: bool = True,
 ) -> ort.InferenceSession:
@@ -72,6 +73,8 @@ def create_session(
         folder: where external data of a model given as bytes lies.
         prepack: let ONNX Runtime keep a second, faster copy of constant weights. Without it, external weights
             stay memory-mapped and are shared by all sessions over the same file.
+        optimize: let ONNX Runtime rewrite the graph. Without it, no constant is computed when it is loaded,
+            and with ``prepack`` off no weight is read.
         label: what error messages call a model given as bytes.
         plugin: use the CPU plugin's kernels for the ops of moe-export when it is installed; otherwise, and
             without it, their ONNX bodies run.
@@ -79,8 +82,8 @@ def create_session(
     Raises:
         InputError: ``threads`` is not a whole number of 1 or more.
         BundleError: ONNX Runtime refuses the model; the message names it.
-        EnvironmentLacksError: this build of ONNX Runtime has no CPU provider, or ``MOE_EXPORT_CPU_PLUGIN``
-            names a library that is missing or cannot be loaded.
+        EnvironmentLacksError: this build of ONNX Runtime has no CPU provider, ``MOE_EXPORT_CPU_PLUGIN``
+            names a library that is missing or cannot be loaded, or an op without an ONNX body needs it.
     """
     import onnxruntime as ort
 
@@ -92,7 +95,8 @@ def create_session(
             f"the installed onnxruntime {ort.__version__} lacks {', '.join(missing)}; install it again"
         )
     options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    levels = ort.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.intra_op_num_threads = threads or default_threads()
     options.inter_op_num_threads = 1
@@ -121,7 +125,13 @@ def create_session(
             source, options, providers=PROVIDERS, enable_fallback=0, read_config_from_model=0
         )
     except ort_error_types() as error:
-        raise BundleError(f"{name}: ONNX Runtime cannot load it: {one_line(error)}") from error
+        told = one_line(error)
+        problem = cpu_plugin_problem() if plugin and "is not a registered function/op" in told else ""
+        if problem:
+            raise EnvironmentLacksError(
+                f"{name}: an op of it runs only in the CPU plugin, and there is none ({problem}): {told}"
+            ) from error
+        raise BundleError(f"{name}: ONNX Runtime cannot load it: {told}") from error
     if session.get_providers() != PROVIDERS:
         raise BundleError(
             f"{name}: ONNX Runtime runs it with {session.get_providers()}, asked was {PROVIDERS}"
