@@ -33,6 +33,8 @@ def gather_evidence(
         from .verify.gpu_targets import not_done
 
         manifest = dataclasses.replace(manifest, notes=(*manifest.notes, *not_done(config)))
+    if config.ep > 1 and not gpu:
+        manifest = dataclasses.replace(manifest, notes=(*manifest.notes, *_left_to_ranks(config)))
     if not (config.verify or config.bench):
         return manifest
     from .report.html import write_report
@@ -51,10 +53,10 @@ def gather_evidence(
         write_reports(report, evidence)
         parity = report.to_dict()
         summaries["parity"] = report.summary()
-        usage = None if gpu else _usage(writer.path, config, progress)
+        usage = None if gpu or config.ep > 1 else _usage(writer.path, config, progress)
         if usage is not None:
             (evidence / "usage.json").write_text(json.dumps(usage, indent=2) + "\n", encoding="utf-8")
-    if config.bench and not gpu:
+    if config.bench and not gpu and config.ep == 1:
         from .bench import bench_bundle
 
         chosen: dict[str, Any] = {
@@ -81,6 +83,15 @@ def gather_evidence(
     return manifest
 
 
+def _left_to_ranks(config: BuildConfig) -> tuple[str, ...]:
+    """What the evidence of a build on one process does not show of several ranks, a line each."""
+    start = f"mpiexec -n {config.ep} moe-export"
+    parity = f"not verified; `{start} verify BUNDLE` does it"
+    if config.verify:
+        parity = f"checked with all ranks' graphs as one; `{start} verify BUNDLE` has them exchange over MPI"
+    return (parity, f"not measured: `{start} bench BUNDLE` measures the ranks")
+
+
 def _verify(
     verify_bundle: Any, loaded: LoadedSource, config: BuildConfig, folder: Path, progress: Progress
 ) -> ParityReport:
@@ -94,7 +105,7 @@ def _verify(
         seed=config.seed,
         threads=config.threads,
         progress=progress,
-        simulate=config.target in GPU_TARGETS,
+        simulate=config.target in GPU_TARGETS or config.ep > 1,
     )
     return report
 

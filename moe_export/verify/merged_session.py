@@ -11,14 +11,37 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ..bundle.reader import Bundle
 from ..errors import BundleError
+from ..runtime.session import Session
 from .merged_ranks import merge_ranks
 
 MERGED = "model.onnx"
+NOTE = (
+    "the graphs of all {ranks} ranks ran as one, in one process; `mpiexec -n {ranks} moe-export verify` has "
+    "them exchange over MPI"
+)
+
+
+class MergedSession(Session):
+    """A :class:`Session` over all ranks of a bundle for the CPU. It takes a bundle of several ranks."""
+
+    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+        plan = bundle.manifest.expert_parallel
+        assert plan is not None
+        self.merged_note = NOTE.format(ranks=plan.ranks)
+        with ExitStack() as stack:
+            merged = stack.enter_context(merged_bundle(bundle))
+            super().__init__(merged, threads=threads)
+            self._folder = stack.pop_all()
+
+    def close(self) -> None:
+        """Free the engine, and remove what was written for it."""
+        super().close()
+        self._folder.close()
 
 
 @contextmanager

@@ -60,7 +60,8 @@ def verify_bundle(
         threads: threads of the engine; None: all cores.
         progress: told about stages.
         simulate: run the lowered graph of a TensorRT target on the CPU in place of its engine. The report
-            then says that it was simulated, and how often buckets of experts were too small.
+            then says that it was simulated, and how often buckets of experts were too small. Of a bundle of
+            several ranks, run the graphs of all as one, in this process.
 
     Returns: the report. A failed check does not raise; ``report.passed`` is False then.
 
@@ -89,12 +90,18 @@ def _open(
     bundle: Path | str, simulate: bool, trust: bool, threads: int | None
 ) -> Session | SimulatedSession | PlanSession:
     """The engine, its simulation, or for a plan on its GPU both."""
+    from ..bundle.reader import open_bundle, open_manifest
     from ..runtime.session import load
     from ..sms import GPU_TARGETS
     from .plan_session import PlanSession
     from .simulate import load_simulated
 
     if simulate:
+        manifest = open_manifest(bundle)
+        if manifest.expert_parallel is not None and manifest.target not in GPU_TARGETS:
+            from .merged_session import MergedSession
+
+            return MergedSession(open_bundle(bundle, trust=trust), threads=threads)
         return load_simulated(bundle, trust=trust, threads=threads)
     session = load(bundle, trust=trust, threads=threads)
     if session.manifest.target not in GPU_TARGETS:
@@ -171,10 +178,12 @@ class _Verification:
         )
         passed = bool(self.results) and all(r.passed for r in self.results) and not findings
         from ..bundle.tools import tool_versions
+        from .merged_session import MergedSession
         from .plan_session import PlanSession
         from .simulate import SimulatedSession
 
         told = self.session.notes() if isinstance(self.session, (SimulatedSession, PlanSession)) else []
+        told = [*told, *([self.session.merged_note] if isinstance(self.session, MergedSession) else [])]
         return ParityReport(
             passed=passed,
             bundle=os.fspath(bundle),

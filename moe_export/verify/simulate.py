@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from ..bundle.reader import open_bundle
 from ..errors import InputError, UsageError
 from ..schema import Limits
 from ..sms import GPU_TARGETS
+from .merged_session import merged_bundle
 from .result import SIMULATED
 from .simulated_plugin import run_plugin
 
@@ -66,6 +68,9 @@ class SimulatedSession:
                 f"{bundle.path} is for target {whole.target}, which runs on the CPU itself; --simulate is "
                 f"for {', '.join(GPU_TARGETS)}"
             )
+        self._folder = ExitStack()
+        if whole.expert_parallel is not None:
+            bundle = self._folder.enter_context(merged_bundle(bundle))
         self._bundle, self._threads, self._plugin = bundle, threads, plugin
         self._graphs: dict[str, SimulatedGraph] = {}
         self.plugin_nodes = self._graph("plain").plugin_nodes
@@ -103,6 +108,7 @@ class SimulatedSession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._graphs.clear()
+        self._folder.close()
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Array]:
         """All outputs of the model, caches included. Inputs are checked as a session does."""
