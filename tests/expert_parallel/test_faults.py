@@ -16,12 +16,14 @@ import psutil
 import pytest
 from onnx import numpy_helper
 
+from moe_export.backends.onnxruntime.plugin import cpu_plugin_problem
 from moe_export.bundle.manifest import read_manifest
 from tests.expert_parallel.mpi import COMMAND, Done, finish, mpiexec, needs_mpi, script, start
 from tests.helpers.rank_bundle import make_rank_bundle
 from tests.helpers.tiny_bundle import make_tiny_bundle, write_manifest
 
 pytestmark = needs_mpi
+needs_plugin = pytest.mark.skipif(bool(cpu_plugin_problem()), reason="needs the CPU plugin")
 
 LIMIT = 4.0
 """The ranks' time limit in these tests, in seconds."""
@@ -115,6 +117,46 @@ def test_a_rank_that_stands_still_ends_all(tmp_path: Path, bundle: Path, rank: i
     expected = rf"rank 0 of 3 \(.*\): rank {rank} does not answer for 4 s \(time limit 4 s\); all ranks are"
     assert re.search(expected, done.errors[0]), done.errors
     assert LIMIT - 1 < seconds < LIMIT + SLACK
+    assert gone(tmp_path)
+
+
+@needs_plugin
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_rank_that_stands_still_in_an_exchange_ends_all(tmp_path: Path, rank: int) -> None:
+    """The others wait for it in the middle of a graph."""
+    bundle = make_rank_bundle(tmp_path / "bundle", 3, "allreduce", exchange=True)
+    done, seconds = disturbed(tmp_path, bundle, rank, signal.SIGSTOP)
+    assert done.code == 2 and "numbers" not in done.out
+    assert len(done.errors) == 1, done.err
+    assert done.errors[0].startswith("error: rank 0 of 3 ("), done.errors
+    assert "longer than the timeout of 4 s" in done.errors[0], done.errors
+    assert LIMIT - 1 < seconds < LIMIT + SLACK
+    assert gone(tmp_path)
+
+
+@needs_plugin
+def test_rank_0_stands_still_in_an_exchange(tmp_path: Path) -> None:
+    bundle = make_rank_bundle(tmp_path / "bundle", 3, "allreduce", exchange=True)
+    stops = """
+if rank == 0:
+    import signal
+    from moe_export.runtime.stepping import CachedStepper
+    feed, calls = CachedStepper.feed, []
+    def stop(*args):
+        calls.append(args)
+        if len(calls) == 30:  # The other ranks have the command, and run.
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return feed(*args)
+    CachedStepper.feed = stop
+if rank:"""
+    text = LOOP.replace("\nif rank:", stops)
+    command = [*script(tmp_path, "loop", text), bundle, tmp_path]
+    done = mpiexec(3, *command, MOE_EXPORT_EP_TIMEOUT=str(LIMIT))
+    assert done.code == 2 and "numbers" not in done.out
+    assert len(done.errors) == 1, done.err
+    assert done.errors[0].startswith("error: rank 1 of 3 ("), "rank 1 is the next to lose its patience"
+    assert "longer than the timeout of 9 s" in done.errors[0], done.errors
+    assert done.seconds < LIMIT + 5 + SLACK
     assert gone(tmp_path)
 
 

@@ -1,6 +1,5 @@
 """Sessions over several ranks: whatever a session does on one rank it does on several, with the same numbers.
-
-The ranks' graphs are the whole tiny model, without collectives: what is tested is the runtime.
+Each rank's graph is the whole tiny model: what is tested is the runtime.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moe_export.backends.onnxruntime.plugin import cpu_plugin_problem
 from moe_export.bundle.manifest import read_manifest
 from moe_export.errors import BundleError
 from moe_export.runtime.launch import launched, mpiexec_command, timeout_seconds, without_launcher
@@ -81,7 +81,8 @@ with load(bundle, threads=1) as session:
     arrays["streamed"] = np.array([e.token_id for e in session.stream("hello", max_new_tokens=5)])
     if session.rank_use is not None:
         for use in session.rank_use():
-            print("used:", use.rank, use.runs > 10, use.seconds > 0, use.pid > 0, use.peak_rss > 0)
+            print("used:", use.rank, use.runs > 10, use.seconds > 0, use.pid > 0, use.peak_rss > 0,
+                  use.exchange.get("all_reduce_calls", 0) > 50)
     print("notes:", session.notes)
 try:
     session.run(inputs)
@@ -103,11 +104,16 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
 
 
 @needs_mpi
-@pytest.mark.parametrize(("mode", "ranks"), [("allreduce", 2), ("alltoall", 2), ("alltoall", 3)])
+@pytest.mark.parametrize(
+    ("mode", "ranks", "exchange"),
+    [("allreduce", 2, False), ("allreduce", 3, True), ("alltoall", 3, False), ("alltoall", 2, True)],
+)
 def test_all_ways_to_run_give_what_one_rank_gives(
-    tmp_path: Path, expected: dict[str, np.ndarray], mode: str, ranks: int
+    tmp_path: Path, expected: dict[str, np.ndarray], mode: str, ranks: int, exchange: bool
 ) -> None:
-    bundle = make_rank_bundle(tmp_path / "bundle", ranks, mode)
+    if exchange and cpu_plugin_problem():
+        pytest.skip("needs the CPU plugin")
+    bundle = make_rank_bundle(tmp_path / "bundle", ranks, mode, exchange=exchange)
     done = mpiexec(ranks, *script(tmp_path, "uses", USES), bundle, tmp_path / "out.npz")
     assert done.code == 0, done.err
     assert done.errors == []
@@ -119,7 +125,7 @@ def test_all_ways_to_run_give_what_one_rank_gives(
         np.testing.assert_allclose(got[name], array, rtol=1e-5, atol=1e-5, err_msg=name)
     assert done.out.count("refused:") == 5
     for rank in range(ranks):
-        assert f"used: {rank} True True True True" in done.out
+        assert f"used: {rank} True True True True {exchange}" in done.out
     assert f"{ranks} ranks on 1 host(s), exchange {mode}" in done.out
     assert "closed: this session is closed" in done.out
 
@@ -161,6 +167,30 @@ def test_verification_on_ranks(tmp_path: Path, mode: str) -> None:
         write_manifest(bundle, read_manifest(bundle))
         done = mpiexec(2, *script(tmp_path, "verify", text), bundle)
         assert (done.code, done.out.split()[0]) == (0, "False"), done.err
+
+
+@needs_mpi
+def test_what_fails_on_all_ranks_alike_ends_none(tmp_path: Path) -> None:
+    if cpu_plugin_problem():
+        pytest.skip("needs the CPU plugin")
+    bundle = make_rank_bundle(tmp_path / "bundle", 2, "alltoall", exchange=True, capacity=8)
+    text = (
+        "import sys\nfrom moe_export.errors import BundleError\n"
+        "from moe_export.runtime import launched, load, serve_rank\n"
+        "if launched().rank:\n    serve_rank(sys.argv[1])\n    sys.exit()\n"
+        "with load(sys.argv[1]) as session:\n"
+        "    for tokens in (8, 9, 5):\n        ids = [[1] * tokens] * 2\n"
+        "        for run in (session.run, session.run_traced):\n"
+        "            try:\n                run({'input_ids': ids})\n                print(tokens, 'ran')\n"
+        "            except BundleError as error:\n                print(tokens, error)\n"
+    )
+    done = mpiexec(2, *script(tmp_path, "fails", text), bundle)
+    assert (done.code, done.err) == (0, "")
+    lines = done.out.splitlines()
+    assert [line for line in lines if "ran" in line[:6]] == ["8 ran", "8 ran", "5 ran", "5 ran"]
+    assert len(lines) == 6
+    for line in lines[2:4]:
+        assert "all ranks: layer 'layers.0.moe': 9 tokens for one rank, but a block has room for 8" in line
 
 
 @needs_mpi
