@@ -21,4 +21,6 @@ cmake --build "$folder" >"$folder.log" || { cat "$folder.log"; exit 1; }
 run() { qemu-aarch64-static -L /usr/aarch64-linux-gnu "$@"; }
 printf 'library: %s\n' "$(od -An -tx1 -j18 -N1 "$folder/libmoe_export_cpu.so" | sed 's/ b7/aarch64/')"
 run "$folder/routing_test" "${2:-40}"
+run "$folder/rank_routing_test" "${2:-40}"
+run "$folder/exchange_test" 10
 run "$folder/expert_mlp_test" "${3:-15}"

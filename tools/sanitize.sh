@@ -15,6 +15,8 @@ check() { # sanitizer, cases of the routing kernels, layers of the expert kernel
     cmake --build "$folder" >"$folder.log" || { cat "$folder.log"; return 1; }
     printf '%s sanitizer\n' "$1"
     "$folder/routing_test" "$2"
+    "$folder/rank_routing_test" "$2"
+    "$folder/exchange_test" 20
     for isa in portable avx2 avx512; do
         if [ "$isa" = portable ] || grep -qw "${isa/avx512/avx512f}" /proc/cpuinfo; then
             MOE_EXPORT_CPU_ISA=$isa "$folder/expert_mlp_test" "$3"
@@ -28,5 +30,5 @@ check address 100 40 ON
 LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
     MOE_EXPORT_CPU_PLUGIN=build/sanitize-address/libmoe_export_cpu.so \
     "$venv/bin/python" -m pytest -q -p no:cacheprovider tests/plugins/test_errors.py \
-    tests/plugins/test_fuzz.py tests/plugins/test_quantized.py -k "not every_instruction_set"
+    tests/plugins/test_fuzz.py tests/plugins/test_rank_routing.py tests/plugins/test_quantized.py -k "not every_instruction_set"
 check thread 40 15 OFF

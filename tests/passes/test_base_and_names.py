@@ -9,8 +9,10 @@ import onnx_ir as ir
 import pytest
 
 from moe_export.errors import ExportError, UsageError
+from moe_export.graph.functions import attach_functions
 from moe_export.graph.moe_values import find_value, name_moe_values, rename_moe_values
 from moe_export.graph.names import duplicate_names, rename
+from moe_export.ops import DOMAIN, VERSION
 from moe_export.passes.base import Pass, PassContext
 from moe_export.passes.pipelines import PIPELINES, run_pipeline
 
@@ -86,6 +88,22 @@ def test_a_broken_pass_is_caught(breaking: Callable[[PassContext], None], messag
 
 def test_a_pass_that_does_nothing_passes() -> None:
     _Broken(lambda context: None).apply(one_layer())
+
+
+def test_an_op_without_a_body_is_left_without_one() -> None:
+    context = one_layer()
+    node = ir.node("AllReduce", [context.model.graph.outputs[0]], {"ranks": 2}, domain=DOMAIN)
+    node.outputs[0].name = "all"
+    context.model.graph.append(node)
+    attach_functions(context.model, context.opset)
+    _Broken(lambda context: None).apply(context)
+    assert (DOMAIN, "AllReduce", "") not in context.model.functions
+    assert (DOMAIN, "Combine", "") in context.model.functions
+    assert node.attributes["reduce"].value == "sum"
+    alone = ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": context.opset}), ir_version=10)
+    alone.graph.append(ir.node("CheckCapacity", [None, None], domain=DOMAIN))
+    attach_functions(alone, context.opset)
+    assert not alone.functions and alone.graph.opset_imports[DOMAIN] == VERSION
 
 
 def test_lost_logits_are_caught() -> None:

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from moe_export.backends.onnxruntime.exchange import connect_exchange, exchange_use
-from moe_export.errors import EnvironmentLacksError, UsageError
+from moe_export.backends.onnxruntime.runner import create_session, ort_error_types
+from moe_export.errors import BundleError, EnvironmentLacksError, UsageError
 from moe_export.ops import DOMAIN, OPS, VERSION
 from moe_export.ops.collectives import capacity_text
 from tests.expert_parallel.mpi import Done, mpiexec, needs_mpi
@@ -267,12 +268,19 @@ except EnvironmentLacksError as error:
 
 @pytest.mark.parametrize("op", ["AllReduce", "AllToAll"])
 def test_not_connected(op: str) -> None:
-    from moe_export.backends.onnxruntime.runner import ort_error_types
-
     running = session(model(op, "float32", 2, ranks=2, layer="a"))
     with pytest.raises(ort_error_types(), match="layer 'a': this engine is one of 2 ranks, and no other"):
         running.run(None, {"x": np.zeros((2, 2), np.float32)})
     assert exchange_use() == {}
+
+
+def test_a_rank_without_the_plugin_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_EXPORT_CPU_PLUGIN", "off")
+    content = model("AllReduce", "float32", 2, ranks=2).SerializeToString()
+    with pytest.raises(EnvironmentLacksError, match="runs only in the CPU plugin.*off.*moe_export:AllReduce"):
+        create_session(content)
+    with pytest.raises(BundleError, match="cannot load it: .*moe_export:AllReduce"):
+        create_session(content, plugin=False)
 
 
 def capacity_session(layer: str) -> Any:
@@ -284,8 +292,6 @@ def capacity_session(layer: str) -> Any:
 
 
 def test_check_capacity() -> None:
-    from moe_export.backends.onnxruntime.runner import ort_error_types
-
     running = capacity_session("l7")
     for load in (1, 4):
         (got,) = running.run(None, {"load": np.array([load]), "capacity": np.array([4])})
