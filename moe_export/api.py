@@ -322,10 +322,12 @@ def _streamed_note(loaded: LoadedSource) -> tuple[str, ...]:
 def _take_over_hashes(stored: StoredWeights, writer: BundleWriter) -> None:
     """What was hashed as the source need not be hashed again as a part of the bundle."""
     from .backends.weight_files import CHECKPOINT_FOLDER
+    from .importer.checkpoint import remember_finite
 
     for name, (size, digest) in stored.digests.items():
         if (writer.path / CHECKPOINT_FOLDER / name).is_file():
             writer.know(f"{CHECKPOINT_FOLDER}/{name}", size, digest)
+            remember_finite(writer.path / CHECKPOINT_FOLDER / name)
 
 
 def _copy_tokenizer(loaded: LoadedSource, folder: Path) -> TextInfo | None:

@@ -119,11 +119,15 @@ class SourceInfo:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A file of a bundle: path relative to it (forward slashes), size in bytes, SHA-256 in hex."""
+    """A file of a bundle: path relative to it (forward slashes), size in bytes, SHA-256 in hex.
+
+    ``block``: 0, or ``sha256`` is that of the SHA-256s (32 bytes each) of the file's blocks of so many bytes.
+    """
 
     path: str
     size: int
     sha256: str
+    block: int = 0
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ PACKAGE = ROOT / "moe_export"
 
 # Every part of the package and what stands above it may import. "base" is what stands below all.
 BASE = {
-    "errors", "schema", "progress", "config", "config_checks", "files", "trace", "costs", "placement", "sms",
-    "process_memory",
+    "digests", "errors", "schema", "progress", "config", "config_checks", "files", "trace", "costs",
+    "placement", "sms", "process_memory",
 }  # fmt: skip
 LAYERS = (
     {"ops"},

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from moe_export.bundle.manifest import MANIFEST_NAME
 from moe_export.bundle.names import path_fault, shown
+from moe_export.digests import block_of, digest_file, remember_digest
 from moe_export.errors import BundleError
-from moe_export.files import sha256_file
 from moe_export.progress import Progress
 from moe_export.schema import FileEntry
 
@@ -47,10 +47,21 @@ class FolderHashes:
         with progress.stage("hash files", sum(stamps[relative][0] for relative in fresh)) as advance:
             for relative in fresh:
                 settled = time.time_ns() - max(stamps[relative][1:3]) > _SETTLED_NS
-                known[relative] = sha256_file(self._folder / relative, advance)
+                known[relative] = digest_file(self._folder / relative, advance)
                 if settled:
                     self._known[relative] = (stamps[relative], known[relative])
-        return tuple(FileEntry(relative, stamps[relative][0], known[relative]) for relative in sorted(stamps))
+        for relative in set(stamps) - set(fresh):
+            self._remember(relative, known[relative])
+        return tuple(
+            FileEntry(relative, stamps[relative][0], known[relative], block_of(stamps[relative][0]))
+            for relative in sorted(stamps)
+        )
+
+    def _remember(self, relative: str, digest: str) -> None:
+        """Its second name gave a file another time of change; its content is what was hashed."""
+        info = (self._folder / relative).lstat()
+        if block_of(info.st_size):
+            remember_digest(info, digest)
 
     def _list(self) -> list[str]:
         found = []

@@ -118,6 +118,8 @@ def _manifest_faults(manifest: Manifest) -> Iterator[str]:
             yield f"files[{i}].size is {entry.size}"
         if not _SHA256.fullmatch(entry.sha256):
             yield f"files[{i}].sha256 is not 64 lowercase hexadecimal digits"
+        if entry.block and not 1 << 20 <= entry.block <= 1 << 40:
+            yield f"files[{i}].block is {entry.block}; expected 0, or at least 1 MiB"
     if manifest.model_file not in paths:
         yield f"model_file {shown(manifest.model_file)} is not among the listed files"
     tokenizer = manifest.text.tokenizer if manifest.text else None

@@ -13,8 +13,9 @@ from moe_export.bundle.manifest import EVIDENCE_FOLDER, MANIFEST_NAME, read_mani
 from moe_export.bundle.names import shown
 from moe_export.bundle.onnx_safety import check_onnx_safe
 from moe_export.bundle.tools import installed_version, major_minor
+from moe_export.digests import digest_file
 from moe_export.errors import BundleError
-from moe_export.files import bytes_text, describe_path, sha256_file
+from moe_export.files import bytes_text, describe_path
 from moe_export.progress import NullProgress, Progress
 from moe_export.schema import FileEntry, Manifest
 
@@ -179,7 +180,7 @@ def _check_hashes(folder: Path, files: tuple[FileEntry, ...], progress: Progress
     with progress.stage("check hashes", sum(entry.size for entry in files)) as advance:
         for entry in files:
             try:
-                found = sha256_file(folder / entry.path, advance)
+                found = digest_file(folder / entry.path, advance, block=entry.block)
             except OSError as error:
                 raise BundleError(
                     f"bundle {folder}: {entry.path} cannot be read: {error.strerror}"

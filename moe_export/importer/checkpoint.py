@@ -15,8 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
+from moe_export.digests import digest_file, recall, remember
 from moe_export.errors import EnvironmentLacksError, SourceError, UnsupportedModelError
-from moe_export.files import describe_path, sha256_file
+from moe_export.files import describe_path
 from moe_export.importer.config_facts import experts_in_config
 from moe_export.importer.finite import check_finite_tensors
 from moe_export.importer.quantized import QuantizedTensor, quantized_tensors
@@ -38,6 +39,8 @@ __all__ = [
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+_FINITE = "all weights are finite"
+"""What is remembered of a weight file, as long as it is unchanged (:mod:`moe_export.digests`)."""
 _HASHED_CONFIGS = (CONFIG_NAME, "generation_config.json")
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _FOREIGN = {
@@ -133,12 +136,22 @@ def check_finite(folder: str | Path, progress: Progress | None = None) -> None:
         coordinate.
     """
     folder = Path(folder)
-    _, tensors = _read_weights(folder)
+    shards, tensors = _read_weights(folder)
     places = {
         name: (folder / tensor.shard, HeaderEntry(tensor.dtype, tensor.shape, tensor.begin, tensor.nbytes))
         for name, tensor in tensors.items()
     }
-    check_finite_tensors(places, progress or NullProgress())
+    before = {shard: (folder / shard).stat() for shard in shards}
+    fresh = {shard for shard, info in before.items() if recall(info, _FINITE) is None}
+    check_finite_tensors({n: p for n, p in places.items() if p[0].name in fresh}, progress or NullProgress())
+    for shard in fresh:
+        remember(before[shard], (folder / shard).stat(), _FINITE, "yes")
+
+
+def remember_finite(shard: Path) -> None:
+    """Keep that :func:`check_finite` found a weight file sound, after a second name changed its times."""
+    info = shard.stat()
+    remember(info, info, _FINITE, "yes")
 
 
 def source_hash(folder: str | Path, progress: Progress | None = None) -> str:
@@ -148,7 +161,8 @@ def source_hash(folder: str | Path, progress: Progress | None = None) -> str:
 
 
 def file_digests(folder: str | Path, progress: Progress | None = None) -> dict[str, tuple[int, str]]:
-    """Config and weight files of a model folder: name → size in bytes and SHA-256.
+    """Config and weight files of a model folder: name → size in bytes and SHA-256, of large files by blocks
+    (:mod:`moe_export.digests`).
 
     Raises:
         SourceError: a file cannot be read.
@@ -162,7 +176,7 @@ def file_digests(folder: str | Path, progress: Progress | None = None) -> dict[s
         sizes = {name: (folder / name).stat().st_size for name in names}
         with (progress or NullProgress()).stage("hash source", sum(sizes.values())) as advance:
             for name in names:
-                digests[name] = sizes[name], sha256_file(folder / name, advance)
+                digests[name] = sizes[name], digest_file(folder / name, advance)
     except OSError as error:
         raise SourceError(f"{error.filename} cannot be read: {error.strerror}") from error
     return digests

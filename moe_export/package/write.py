@@ -113,7 +113,7 @@ def _take(source: Path, target: Path, shared: bool) -> None:
 
 
 def _record(folder: Path, plan: Plan, bundle: Bundle, format: str) -> dict[str, object]:
-    known = {(bundle.path / entry.path): entry.sha256 for entry in bundle.manifest.files}
+    known = {(bundle.path / entry.path): entry.sha256 for entry in bundle.manifest.files if not entry.block}
     files = []
     for relative in sorted([*plan.files, *plan.texts]):
         source = plan.files.get(relative)
