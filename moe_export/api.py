@@ -30,6 +30,7 @@ def export(
     dtype: str = "float32",
     opset: int = 20,
     weights: str = "auto",
+    layers: int | None = None,
     inputs: dict[str, Any] | None = None,
     dynamic: dict[str, dict[int, str]] | None = None,
     overwrite: bool = False,
@@ -45,6 +46,7 @@ def export(
             shares by hard links, and none is held in memory; ``stream``: read one by one and written anew;
             ``load``: all read first, and written anew; ``auto``: referenced where that is possible and the
             weights take 2 GiB or more, else loaded.
+        layers: of a transformers model: its first so many layers only, for a trial.
         inputs, dynamic: of an own module; see :func:`moe_export.importer.sources.load_source`.
 
     Returns: the folder.
@@ -58,6 +60,7 @@ def export(
         dtype=dtype,
         opset=opset,
         weights=weights,
+        layers=layers,
         verify=False,
         bench=False,
         overwrite=overwrite,
@@ -136,8 +139,11 @@ def _build(
         trust_remote_code=config.trust_remote_code,
         hollow=weights != "load",
         streamed=weights == "stream",
+        layers=config.layers,
         progress=progress,
     )
+    if loaded.info.trial:
+        progress.note(loaded.info.trial)
     _limits(loaded, config)
     key = cache_key(loaded.info.hash, {**config.key_fields(), **environment})
     unchanged = find_unchanged(output, key, progress=progress) if output.exists() else None
@@ -273,7 +279,7 @@ def _write_engine(
         limits=limits,
         moe_layers=lowered.moe_layers,
         decisions=(*placing, *lowered.decisions),
-        notes=(*lowered.notes, *_streamed_note(loaded)),
+        notes=(*filter(None, [loaded.info.trial]), *lowered.notes, *_streamed_note(loaded)),
         cache=lowered.cache,
         rows_apart=lowered.rows_apart,
         state=lowered.plans.state,

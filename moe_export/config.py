@@ -80,6 +80,9 @@ class BuildConfig:
     weights: str = "auto"
     """Where the weights of a model folder lie; see :data:`WEIGHTS`. ``auto``: not loaded where that is
     possible and they take 2 GiB or more."""
+    layers: int | None = None
+    """Take the first so many layers of a transformers model only, for a quick trial; None = all. Of a model
+    folder, no other layer's weights are read."""
     ep: int = 1
     """Ranks that the experts are divided over; 1 = one engine holds all."""
     ep_mode: str = "allreduce"
@@ -335,6 +338,7 @@ def _place_named(path: Path, name: str | None = None) -> Iterator[None]:
 _CHECKS: dict[str, checks.Check] = {
     **dict.fromkeys(("verify", "bench", "overwrite", "trust_remote_code"), checks.boolean),
     **dict.fromkeys(("max_batch", "max_sequence", "threads", "bench_rounds"), checks.optional_count),
+    "layers": checks.optional_count,
     **dict.fromkeys(("bench_batches", "bench_sequences"), checks.optional_sizes),
     "target": checks.one_of(TARGETS),
     "dtype": checks.one_of(DTYPES),

@@ -86,6 +86,7 @@ if TYPE_CHECKING:
     help="stream: read weights one by one, needs --no-verify; load: all first.  [default: auto, stream from "
     "2 GiB on]",
 )  # fmt: skip
+@click.option("--layers", type=click.IntRange(1), help="Only the first N layers, a trial.  [default: all]")
 @click.option("--opset", type=int, help="ONNX opset.  [default: 20]")
 @click.option("--threads", type=click.IntRange(1), help="Threads of the engine.  [default: all cores]")
 @click.option("--seed", type=click.IntRange(0), help="Seed of every random input.  [default: 0]")
@@ -119,7 +120,8 @@ def command(
     if as_json:
         print_json({"path": str(bundle.path), "manifest": to_json(bundle.manifest)})
     else:
-        click.echo("\n".join([f"built {bundle.path}", *_plans(bundle), *_evidence(bundle)]))
+        trial = filter(None, [bundle.manifest.source.trial])
+        click.echo("\n".join([f"built {bundle.path}", *trial, *_plans(bundle), *_evidence(bundle)]))
     if bundle.manifest.state == "needs-gpu-build":
         from moe_export.backends.trt.build_engine import UNFINISHED
         from moe_export.errors import EnvironmentLacksError

@@ -27,6 +27,7 @@ from moe_export.schema import DTYPES, TASKS
     "them one by one and write them anew; load: read them all first; auto: referenced from 2 GiB on, where "
     "that is possible.",
 )
+@click.option("--layers", type=click.IntRange(1), help="Only the first N layers, a trial.  [default: all]")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier export at the output.")
 @trust_remote_code_option
 @json_option

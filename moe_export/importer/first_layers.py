@@ -9,6 +9,7 @@ last one or at anything else that was cut is refused, and not built differently.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import re
 from collections.abc import Mapping
@@ -143,14 +144,27 @@ def read_needed(
 
 def needed_tensors(stored: StoredWeights) -> set[str]:
     """Names of the checkpoint's tensors that the model's weights come from."""
+    quantized = stored.checkpoint.quantized
+    names = _needed_weights(stored)
+    parts = [quantized[name].parts.values() if name in quantized else (name,) for name in names]
+    return {part for group in parts for part in group}
+
+
+def only_needed(stored: StoredWeights) -> CheckpointInfo:
+    """The checkpoint, with those of its quantised weights only that the model's come from."""
+    needed = _needed_weights(stored)
+    quantized = {name: held for name, held in stored.checkpoint.quantized.items() if name in needed}
+    return dataclasses.replace(stored.checkpoint, quantized=quantized)
+
+
+def _needed_weights(stored: StoredWeights) -> set[str]:
+    """By the names they have in a float checkpoint."""
     from .weight_sources import AsStored
 
     names: set[str] = set()
     for source in stored.sources.values():
         names.update((source.tensor,) if isinstance(source, AsStored) else source.tensors)
-    quantized = stored.checkpoint.quantized
-    parts = [quantized[name].parts.values() if name in quantized else (name,) for name in names]
-    return {part for group in parts for part in group}
+    return names
 
 
 class _Part:

@@ -211,13 +211,14 @@ def _folder_source(
         digest = hash_of_digests(digests)
     with progress.stage("load the source model"), _no_library_bars():
         if taken.hollow or checkpoint.quantization is not None or (cut is not None and cut.count):
+            from .first_layers import only_needed
             from .hollow import hollow_model
 
             model, stored = hollow_model(loader, config, checkpoint, options, whole=not taken.hollow)
             _read_generation_config(model, folder)
             stored = dataclasses.replace(stored, digests=digests, streamed=taken.streamed)
             source = _library_source(model, str(folder), task, digest, cut)
-            quantized = QuantizedWeights.of(checkpoint)
+            quantized = QuantizedWeights.of(only_needed(stored))
             return dataclasses.replace(source, stored=stored if taken.hollow else None, quantized=quantized)
         model = _load_whole(folder, loader, options)
     return _library_source(model.eval(), str(folder), task, digest)

@@ -230,3 +230,16 @@ def test_expert_parallel_flags_reach_the_configuration(built: dict[str, Any]) ->
     )
     result = invoke("build", "model", "-o", "out", "-q", "--ep", 2, "--placement", "balanced")
     assert result.exit_code == 2 and "balanced and trace belong together" in result.output
+
+
+def test_the_number_of_layers_reaches_build_and_export(
+    built: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    result = invoke("build", "model", "-o", "out", "-q", "--layers", 3)
+    assert result.exit_code == 0, result.output
+    assert built["config"] == BuildConfig(layers=3)
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("moe_export.api.export", lambda *args, **options: asked.update(options) or tmp_path)
+    assert invoke("export", "model", "-o", "out", "-q", "--layers", 3).exit_code == 0
+    assert asked["layers"] == 3
+    assert invoke("export", "model", "-o", "out", "-q", "--layers", 0).exit_code == 2

@@ -17,6 +17,8 @@ from moe_export.importer.checkpoint import inspect_checkpoint
 from moe_export.importer.sources import load_source
 from moe_export.models.families import FAMILIES
 from moe_export.models.families.tiny import build_tiny
+from tests.helpers import published
+from tests.helpers.published import publish
 
 DEEP: dict[str, dict[str, Any]] = {
     "mixtral": {"num_hidden_layers": 3},
@@ -143,6 +145,23 @@ def test_weights_can_stay_where_they_lie(tmp_path: Path) -> None:
     assert needed and not [name for name in needed if "layers.1." in name or "layers.2." in name]
     shards = {loaded.stored.path(name) for name in needed}
     assert 0 < len(shards) < len(list(tmp_path.glob("*.safetensors")))
+
+
+@pytest.mark.parametrize("hollow", [False, True])
+def test_a_quantised_checkpoint_is_cut_too(hollow: bool, tmp_path: Path) -> None:
+    model = deep("mixtral")
+    model.save_pretrained(tmp_path / "source")
+    publish(tmp_path / "source", tmp_path / "fp8", tmp_path / "floats", published.fp8())
+    whole = load_source(tmp_path / "fp8").quantized
+    loaded = load_source(tmp_path / "fp8", layers=1, hollow=hollow)
+    assert whole is not None and loaded.quantized is not None
+    assert loaded.quantized.tensors * 3 == whole.tensors and loaded.quantized.nbytes * 3 == whole.nbytes
+    assert damage(tmp_path / "fp8", "layers.2.") > 3
+    again = load_source(tmp_path / "fp8", layers=1, hollow=hollow)
+    assert again.info.hash == loaded.info.hash
+    if not hollow:
+        floats = load_source(tmp_path / "floats", layers=1)
+        assert torch.allclose(logits(again.module), logits(floats.module), atol=1e-5)
 
 
 def test_all_layers_are_the_whole_model(tmp_path: Path) -> None:
