@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import ExportError, UsageError, choices_text
 from ..graph.functions import attach_functions
+from ..ops import DOMAIN
 from ..schema import Alternative, Decision, MoELayer, TensorSpec
 from .base import Pass, PassContext
 from .expert_form import ExpertForm, find_form, replace_output
@@ -170,9 +171,19 @@ def _add_load(context: PassContext, loads: list[ir.Value]) -> None:
 
     graph = context.model.graph
     node = ir.node("Concat", loads, attributes={"axis": 0})
+    graph.append(node)
+    plan = context.options.get("expert_parallel")
+    if plan is not None:
+        # A rank that runs again does so with all others: they must see one load.
+        kinds = (ir.DataType.FLOAT, ir.DataType.INT32)
+        wide = ir.node("Cast", [node.outputs[0]], attributes={"to": int(kinds[0])})
+        options = {"ranks": plan.ranks, "reduce": "max", "layer": "load"}
+        most = ir.node("AllReduce", [wide.outputs[0]], attributes=options, domain=DOMAIN)
+        wide.outputs[0].type = most.outputs[0].type = ir.TensorType(kinds[0])
+        node = ir.node("Cast", [most.outputs[0]], attributes={"to": int(kinds[1])})
+        graph.extend([wide, most, node])
     out = node.outputs[0]
     out.name, out.shape, out.type = LOAD_OUTPUT, ir.Shape([len(loads)]), ir.TensorType(ir.DataType.INT32)
-    graph.append(node)
     graph.outputs.append(out)
     spec = TensorSpec(LOAD_OUTPUT, "int32", (len(loads),), "load")
     context.io = dataclasses.replace(context.io, outputs=(*context.io.outputs, spec))

@@ -11,6 +11,7 @@ from .bfloat16_products import BFloat16Products
 from .bfloat16_weights import BFloat16Weights
 from .cached_attention import CachedAttention
 from .causal_masks import CausalMasks
+from .dist_collectives import DistCollectives
 from .divide_experts import DivideExperts
 from .expert_matrices import ExpertMatrices
 from .fuse_experts import FuseExperts
@@ -28,6 +29,7 @@ _TENSORRT: tuple[type[Pass], ...] = (
     DivideExperts,
     PluginExperts,
     NativeExperts,
+    DistCollectives,
     InlineBodies,
     BFloat16Products,
 )

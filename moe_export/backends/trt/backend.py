@@ -13,6 +13,7 @@ from typing import Any
 from moe_export.errors import EnvironmentLacksError, UsageError
 from moe_export.passes import trt_moe
 from moe_export.passes.base import PassContext
+from moe_export.passes.dist_collectives import collective_names
 from moe_export.schema import Decision, EngineFile, Limits, to_json
 from moe_export.sms import check_dtype, check_sms, sms_of
 
@@ -121,6 +122,8 @@ class TensorRtBackend(Backend):
         usual = math.prod(next(iter(profiles[-1].shapes.values()))[1])
         plugins = write_plugin_kernels(context, folder, sms, usual if self._needs_gpu else None)
         recipe = self._recipe(context, sms, profiles) | plugins
+        if names := collective_names(context.model):
+            recipe["collectives"] = names
         if layers := trt_moe.count(context.model):
             recipe["moe_layers"] = layers
         lacks = self._lacks(sms)

@@ -154,10 +154,11 @@ def build(recipe: dict[str, Any], folder: Path, trt: Any, sms: list[int]) -> lis
             refused = [text for module in loaded for text in getattr(module, "problems", tuple)()]
             raise CannotBuild(f"no plan for SM{sm}: {'; '.join(refused) or logger.last_words()}")
         name = recipe["plans"][str(sm)]
+        layers = logger.layers
+        _check_collectives(recipe, layers, len(profiles), name)
         partial = folder / f".{name}.partial"
         partial.write_bytes(memoryview(plan))
         os.replace(partial, folder / name)
-        layers = logger.layers
         engines.append(
             {
                 "file": name,
@@ -248,6 +249,26 @@ def _check_io(recipe: dict[str, Any], network: Any) -> None:
             wrong = sorted(name for name in {*want, *have} if want.get(name) != have.get(name))
             raise CannotBuild(
                 f"{kind} of the parsed network differ from the manifest's at {', '.join(wrong[:3])}"
+            )
+
+
+def _check_collectives(
+    recipe: dict[str, Any], layers: list[dict[str, Any]], profiles: int, plan: str
+) -> None:
+    """Every exchange between ranks is a layer of the plan, once per profile. One that the compiler took for a
+    copy would leave each rank with its own part of the sum.
+
+    Raises:
+        CannotBuild: names the exchange that is missing.
+    """
+    held = collections.Counter(
+        name for layer in layers if layer["kind"].startswith("comm_") for name in layer["onnx"]
+    )
+    for name in recipe.get("collectives", []):
+        if held[name] != profiles:
+            raise CannotBuild(
+                f"{plan}: the exchange {name!r} is {held[name]} layers of the plan, not {profiles}: "
+                "ranks would give wrong numbers without a word. The plan is not written"
             )
 
 
