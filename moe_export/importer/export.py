@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ExportError, UsageError, choices_text
-from ..files import bytes_text
 from ..progress import NullProgress, Progress
 from ..schema import DTYPES, Decision, ModelIO, MoELayer
 from .from_shapes import trace_from_shapes
+from .kept import quantized_decision
 from .sources import LoadedSource, load_source
 
 if TYPE_CHECKING:
@@ -128,30 +128,16 @@ def export_model(
         loaded,
         dtype,
         opset,
-        _dequantised(loaded, dtype),
+        _of_quantized(loaded, dtype, opset),
         notes=notes,
         float32_weights=_float32_weights(loaded.module),
     )
 
 
-def _dequantised(loaded: LoadedSource, dtype: str) -> tuple[Decision, ...]:
-    """What became of quantised weights, with the bytes on both sides."""
-    found = loaded.quantized
-    if found is None:
+def _of_quantized(loaded: LoadedSource, dtype: str, opset: int) -> tuple[Decision, ...]:
+    if loaded.quantized is None:
         return ()
-    if loaded.stored is None:
-        size = found.elements * (4 if dtype == "float32" else 2)
-    else:
-        size = found.written_bytes(dtype)
-    return (
-        Decision(
-            "quantised checkpoint",
-            "dequantised",
-            f"{found.tensors} weights in {found.text}: {bytes_text(found.nbytes)} read as published, "
-            f"{bytes_text(size)} as floats; not kept, as no op of this target multiplies codes in these "
-            "blocks without dequantising them anew at every step",
-        ),
-    )
+    return (quantized_decision(loaded.quantized, loaded.stored, dtype, opset),)
 
 
 def _float32_weights(model: nn.Module) -> frozenset[str]:

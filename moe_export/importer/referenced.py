@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ExportError
-from ..graph.expert_tensors import EXPERT_TENSORS
+from ..graph.expert_tensors import EXPERT_SCALES, EXPERT_TENSORS, SCALE_OF
 from ..ops import DOMAIN
+from .kept import kept_tensors, scale_at_use
 from .weight_sources import AsStored, PerExpert, StoredWeights, WeightSource
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ INLINE = 8192
 """Elements up to which a weight is kept in the graph: what optimisers fold."""
 
 _DTYPES = {"F64": "DOUBLE", "F32": "FLOAT", "F16": "FLOAT16", "BF16": "BFLOAT16", "I64": "INT64",
-           "I32": "INT32", "I16": "INT16", "I8": "INT8", "U8": "UINT8", "BOOL": "BOOL"}  # fmt: skip
+           "I32": "INT32", "I16": "INT16", "I8": "INT8", "U8": "UINT8", "BOOL": "BOOL",
+           "F8_E4M3": "FLOAT8E4M3FN"}  # fmt: skip
 
 
 def refer_to_weights(model: ir.Model, stored: StoredWeights, prefix: str = "model.") -> None:
@@ -37,6 +39,7 @@ def refer_to_weights(model: ir.Model, stored: StoredWeights, prefix: str = "mode
     import onnx_ir as ir
 
     graph = model.graph
+    kept = kept_tensors(stored, graph.opset_imports.get("", 0))
     for value in list(graph.initializers.values()):
         name = (value.name or "").removeprefix(prefix)
         source = stored.sources.get(name)
@@ -54,7 +57,11 @@ def refer_to_weights(model: ir.Model, stored: StoredWeights, prefix: str = "mode
             dtype = held.dtype
             value.const_value = ir.tensor(_numpy(stored, name, dtype), dtype=dtype, name=value.name)
             continue
-        tensor = _tensor(stored, name, source, value)
+        if isinstance(source, AsStored) and source.tensor in kept:
+            value.const_value = _kept(stored, source.tensor, value.name or "")
+            scale_at_use(graph, value, _scale(stored, source.tensor, f"{value.name}_scale"), _block(stored))
+            continue
+        tensor = _tensor(stored, name, source, value, kept)
         value.const_value = tensor
         if tensor.dtype != value.dtype:
             _cast_at_use(graph, value, tensor.dtype)
@@ -65,7 +72,9 @@ def _hollow(tensor: Any) -> bool:
     return bool(tensor.dtype.is_floating_point()) and not tensor.numpy().any()
 
 
-def _tensor(stored: StoredWeights, name: str, source: WeightSource, value: ir.Value) -> Any:
+def _tensor(
+    stored: StoredWeights, name: str, source: WeightSource, value: ir.Value, kept: frozenset[str]
+) -> Any:
     import onnx_ir as ir
 
     shape = value.shape
@@ -81,8 +90,13 @@ def _tensor(stored: StoredWeights, name: str, source: WeightSource, value: ir.Va
             shape=ir.Shape(shape),
             name=value.name,
         )
+        prefix = prefix_of(value.name)
         stack.meta[EXPERT_TENSORS] = tuple(
-            tuple(_place(stored, tensor, f"{prefix_of(value.name)}{tensor}") for tensor in part)
+            tuple((_kept if t in kept else _place)(stored, t, f"{prefix}{t}") for t in part)
+            for part in source.parts
+        )
+        stack.meta[EXPERT_SCALES] = tuple(
+            (_scales(stored, part, f"{prefix}{part[0]}_scales"), _block(stored)) if part[0] in kept else None
             for part in source.parts
         )
         return stack
@@ -116,10 +130,47 @@ def _as_numpy(tensor: torch.Tensor, dtype: ir.DataType) -> Any:
 
 def _place(stored: StoredWeights, tensor: str, name: str) -> ir.TensorProtocol:
     """A tensor where it lies in the checkpoint; one that is quantised there is computed when it is read."""
-    import onnx_ir as ir
-
     if tensor in stored.checkpoint.quantized:
         return _streamed(stored, tensor, name)
+    return _external(stored, tensor, name)
+
+
+def _kept(stored: StoredWeights, tensor: str, name: str) -> ir.ExternalTensor:
+    """The codes of a quantised tensor where they lie in the checkpoint."""
+    return _external(stored, stored.checkpoint.quantized[tensor].parts["weight"], name)
+
+
+def _scale(stored: StoredWeights, tensor: str, name: str) -> ir.TensorProtocol:
+    made = _external(stored, stored.checkpoint.quantized[tensor].parts["scale"], name)
+    made.meta[SCALE_OF] = tensor
+    return made
+
+
+def _scales(stored: StoredWeights, tensors: tuple[str, ...], name: str) -> ir.TensorProtocol:
+    """The scales of several tensors as one, read when it is written."""
+    import numpy as np
+    import onnx_ir as ir
+
+    parts = [stored.checkpoint.quantized[tensor].parts["scale"] for tensor in tensors]
+    made = ir.LazyTensor(
+        lambda: ir.tensor(np.stack([stored.part(part).numpy() for part in parts])),
+        dtype=ir.DataType.FLOAT,
+        shape=ir.Shape((len(parts), *stored.checkpoint.tensors[parts[0]].shape)),
+        name=name,
+    )
+    made.meta[SCALE_OF] = tensors
+    return made
+
+
+def _block(stored: StoredWeights) -> tuple[int, int]:
+    form = stored.checkpoint.quantization
+    assert form is not None and form.block is not None
+    return form.block
+
+
+def _external(stored: StoredWeights, tensor: str, name: str) -> ir.ExternalTensor:
+    import onnx_ir as ir
+
     info = stored.checkpoint.tensors[tensor]
     return ir.ExternalTensor(
         info.shard,

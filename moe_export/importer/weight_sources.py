@@ -77,8 +77,8 @@ class StoredWeights:
         """
         held = self.checkpoint.quantized.get(name)
         if held is None:
-            return self._read(name)
-        return held.dequantize({role: self._read(part) for role, part in held.parts.items()})
+            return self.part(name)
+        return held.dequantize({role: self.part(part) for role, part in held.parts.items()})
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
         """The same tensor in pieces along its first axis: one matrix of a quantised stack at a time."""
@@ -92,9 +92,10 @@ class StoredWeights:
     def piece(self, name: str, index: int) -> torch.Tensor:
         """Matrix ``index`` of a quantised stack (``checkpoint.quantized[name].stack`` is their number)."""
         held = self.checkpoint.quantized[name]
-        return held.dequantize({role: self._read(part, index) for role, part in held.parts.items()})[0]
+        return held.dequantize({role: self.part(part, index) for role, part in held.parts.items()})[0]
 
-    def _read(self, name: str, row: int | None = None) -> torch.Tensor:
+    def part(self, name: str, row: int | None = None) -> torch.Tensor:
+        """A tensor as it lies in its file, or its part ``row`` of the first axis, which is kept."""
         from safetensors import safe_open
 
         with safe_open(self.path(name), framework="pt") as shard:

@@ -13,11 +13,13 @@ from .grouped_matmul import GROUPED_MATMUL
 from .quantized_expert_mlp import QUANTIZED_EXPERT_MLP
 from .rank_routing import EXPERT_SLOTS, RANK_COMBINE, RANK_DISPATCH, RANK_LOAD
 from .router import ROUTER
+from .scaled_expert_matmul import SCALED_EXPERT_MATMUL
 
 OPS: dict[str, OpContract] = {
     op.name: op
     for op in (
-        *(ROUTER, DISPATCH, GROUPED_MATMUL, EXPERT_MATMUL, COMBINE, EXPERT_MLP, QUANTIZED_EXPERT_MLP),
+        *(ROUTER, DISPATCH, GROUPED_MATMUL, EXPERT_MATMUL, SCALED_EXPERT_MATMUL, COMBINE),
+        *(EXPERT_MLP, QUANTIZED_EXPERT_MLP),
         *(EXPERT_SLOTS, RANK_LOAD, RANK_DISPATCH, RANK_COMBINE, ALL_REDUCE, ALL_TO_ALL, CHECK_CAPACITY),
     )
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
@@ -31,11 +31,15 @@ def reference(
 
 
 def body(attributes: Mapping[str, Any], _opset: int) -> str:
-    # One branch per expert, so that an expert without rows costs nothing. The matrix goes through a Reshape
-    # to its own shape plus a zero that only the run knows: otherwise a runtime casts every expert's matrix to
-    # float32 when it loads the model, and keeps the copies.
-    count = attributes["num_experts"]
-    experts = "".join(_expert(e) for e in range(count))
+    return joined_branches(
+        attributes["num_experts"],
+        lambda e: expert_branch(e, f"{unfolded(e)}\nmatrix_f32_{e} = Cast <to = 1> (matrix_{e})"),
+    )
+
+
+def joined_branches(count: int, branch: Callable[[int], str]) -> str:
+    """Nodes of a body that joins what one ``branch`` (see :func:`expert_branch`) per expert makes."""
+    experts = "".join(branch(e) for e in range(count))
     parts = ", ".join(f"part_{e}" for e in range(count))
     return f"""
     zero_1d = Constant <value_ints = [0]> ()
@@ -60,7 +64,22 @@ def body(attributes: Mapping[str, Any], _opset: int) -> str:
     """
 
 
-def _expert(e: int) -> str:
+def unfolded(e: int) -> str:
+    """Nodes that make ``matrix_<e>``, which is ``weight_<e>``, by a Reshape to its own shape plus a zero that
+    only the run knows: otherwise a runtime casts every expert's matrix to float32 when it loads the model,
+    and keeps the copies."""
+    return f"""
+        known_{e} = Shape (weight_{e})
+        shape_{e} = Add (known_{e}, run_zero)
+        matrix_{e} = Reshape (weight_{e}, shape_{e})"""
+
+
+def expert_branch(e: int, to_float32: str) -> str:
+    """Nodes of a body that multiply the rows of expert ``e``; ``to_float32`` makes ``matrix_f32_<e>`` of
+    ``weight_<e>``.
+
+    They are in a branch, so that an expert without rows costs nothing.
+    """
     return f"""
     at_{e} = Constant <value_ints = [{e}]> ()
     after_{e} = Constant <value_ints = [{e + 1}]> ()
@@ -71,10 +90,7 @@ def _expert(e: int) -> str:
     part_{e} = If (has_{e}) <then_branch = some_{e} () => (float[r, c] product_{e}) {{
         rows_{e} = Slice (rows, begin_{e}, end_{e}, zero_1d)
         rows_f32_{e} = Cast <to = 1> (rows_{e})
-        known_{e} = Shape (weight_{e})
-        shape_{e} = Add (known_{e}, run_zero)
-        matrix_{e} = Reshape (weight_{e}, shape_{e})
-        matrix_f32_{e} = Cast <to = 1> (matrix_{e})
+        {to_float32}
         product_{e} = Gemm <transB = 1> (rows_f32_{e}, matrix_f32_{e})
     }}, else_branch = none_{e} () => (float[z, c] empty_{e}) {{
         empty_{e} = Identity (nothing)

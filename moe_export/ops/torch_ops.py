@@ -118,6 +118,7 @@ def _schema(op: OpContract) -> Any:
         "int64": "tensor(int64)",
         "int8": "tensor(int8)",
         "uint8": "tensor(uint8)",
+        "float8e4m3fn": "tensor(float8e4m3fn)",
     }
     constraints: dict[str, tuple[str, ...]] = {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..graph.expert_tensors import SCALE_OF
 from ..ops import DOMAIN
 from ..schema import Decision
 from .base import Pass, PassContext
@@ -71,7 +72,9 @@ class BFloat16Weights(Pass):
 
 
 def _kept(value: ir.Value | None, context: PassContext) -> bool:
-    return value is None or value.name in context.float32_weights
+    if value is None or value.name in context.float32_weights:
+        return True
+    return value.const_value is not None and SCALE_OF in value.const_value.meta
 
 
 def _stored(value: ir.Value, tensor: ir.TensorProtocol) -> ir.Value:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..graph.expert_tensors import EXPERT_TENSORS
+from ..graph.expert_tensors import EXPERT_SCALES, EXPERT_TENSORS
 from ..graph.functions import attach_functions
 from ..ops import DOMAIN
 from ..schema import Decision
@@ -60,19 +60,32 @@ def _parts(node: ir.Node) -> tuple[tuple[Any, ...], ...]:
     return parts
 
 
+def _scales(node: ir.Node) -> tuple[Any, ...]:
+    """Of each part, the scales of its experts' blocks and the blocks' size, or None."""
+    weight = node.inputs[1]
+    assert weight is not None and weight.const_value is not None
+    found: tuple[Any, ...] = weight.const_value.meta.get(EXPERT_SCALES, (None,) * len(_parts(node)))
+    return found
+
+
 def _replace(graph: ir.Graph, node: ir.Node) -> None:
     import onnx_ir as ir
 
     rows, offsets, out = node.inputs[0], node.inputs[2], node.outputs[0]
     made = []
-    for part in _parts(node):
+    for part, scaled in zip(_parts(node), _scales(node), strict=True):
         matrices = [_initializer(graph, tensor) for tensor in part]
-        product = ir.node(
-            "ExpertMatMul",
-            [rows, offsets, *matrices],
-            attributes={"num_experts": len(matrices)},
-            domain=DOMAIN,
-        )
+        count = {"num_experts": len(matrices)}
+        if scaled is None:
+            product = ir.node("ExpertMatMul", [rows, offsets, *matrices], count, domain=DOMAIN)
+        else:
+            scale, (block_rows, block_columns) = scaled
+            product = ir.node(
+                "ScaledExpertMatMul",
+                [rows, offsets, _initializer(graph, scale), *matrices],
+                {**count, "block_rows": block_rows, "block_columns": block_columns},
+                domain=DOMAIN,
+            )
         product.outputs[0].type = out.type
         made.append(product)
     last = made[-1]

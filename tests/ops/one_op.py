@@ -25,6 +25,7 @@ NUMPY = {
     "int64": np.dtype(np.int64),
     "int8": np.dtype(np.int8),
     "uint8": np.dtype(np.uint8),
+    "float8e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
 }
 INNER = {
     "ExpertMLP": ("Dispatch", "GroupedMatMul", "Combine"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from moe_export.errors import UsageError
@@ -97,6 +98,35 @@ def test_expert_matmul(engine: str, opset: int) -> None:
             assert got[0].dtype == output_dtype(dtype)
             with pytest.raises(UsageError, match=f"{experts + 1} matrices for {experts} experts"):
                 OPS["ExpertMatMul"].reference(rows, offsets, *weight, weight[0], num_experts=experts)
+
+
+@pytest.mark.parametrize("opset", OPSETS)
+@pytest.mark.parametrize("engine", ["onnxruntime", "onnx.reference"])
+def test_scaled_expert_matmul(engine: str, opset: int) -> None:
+    """Matrices are initializers, as NumPy cannot hand float8 to ONNX Runtime."""
+    attributes = {"block_rows": 2, "block_columns": 4}
+    for ids, experts in routings():
+        order, offsets, _ = OPS["Dispatch"].reference(ids, experts)
+        for dtype in FLOAT_TYPES if opset == 20 else FLOAT_TYPES[:1]:
+            rows = randoms(dtype, len(order), 6)
+            weight = randoms("float32", experts, 5, 6, seed=1).astype(NUMPY["float8e4m3fn"])
+            scale = np.abs(randoms("float32", experts, 3, 2, seed=2)) + np.float32(0.1)
+            full = {"num_experts": experts, **attributes}
+            dtypes = {"rows": dtype, "offsets": "int64", "scale": "float32", "weight": "float8e4m3fn"}
+            model = onnx_model("ScaledExpertMatMul", full, dtypes, opset)
+            del model.graph.input[3:]
+            model.graph.initializer.extend(
+                onnx.numpy_helper.from_array(w, f"weight_{e}") for e, w in enumerate(weight)
+            )
+            got = evaluate(engine, model, {"rows": rows, "offsets": offsets, "scale": scale})
+            reference = OPS["ScaledExpertMatMul"].reference
+            assert_equal("ScaledExpertMatMul", dtype, got, [reference(rows, offsets, scale, *weight, **full)])
+            assert got[0].dtype == output_dtype(dtype)
+            if offsets[-1] > offsets[0]:
+                wrong = reference(rows, offsets, scale[:, ::-1], *weight, **full)
+                assert problem(OPS["ScaledExpertMatMul"], dtype, got[0], wrong)
+            with pytest.raises(UsageError, match=f"{experts + 1} matrices and scales of {experts} for"):
+                reference(rows, offsets, scale, *weight, weight[0], **full)
 
 
 @pytest.mark.parametrize("opset", OPSETS)

@@ -21,6 +21,7 @@ SMALLEST = {
     "Dispatch": {"num_experts": 4},
     "GroupedMatMul": {},
     "ExpertMatMul": {"num_experts": 4},
+    "ScaledExpertMatMul": {"num_experts": 4, "block_rows": 2, "block_columns": 3},
     "Combine": {},
     "ExpertMLP": {"num_experts": 4},
     "QuantizedExpertMLP": {"num_experts": 4},
