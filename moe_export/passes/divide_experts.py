@@ -81,7 +81,7 @@ class _Divider:
                 if value is not None and id(value) in here:
                     node.replace_input_with(index, here[id(value)])
             for output in node.outputs:
-                output.shape = None
+                _forget_rows(output)
         nodes.combine.replace_input_with(2, weights)
         _set(nodes.dispatch, num_experts=len(own), drops=1)
         self._graph.insert_before(self._first_of(region), self._made)
@@ -94,7 +94,7 @@ class _Divider:
         else:
             returned = self._op("AllToAll", [old], ranks=self._plan.ranks)
             total = self._op("RankCombine", [returned, places])
-            old.shape = None
+            _forget_rows(old)
         total.type, total.shape = kind, shape
         for node, index in readers:
             node.replace_input_with(index, total)
@@ -287,6 +287,14 @@ def _region(nodes: ExpertNodes) -> tuple[list[ir.Node], list[str]]:
     if id(nodes.gather) not in found:
         found[id(nodes.gather)] = nodes.gather
     return [*found.values()], foreign
+
+
+def _forget_rows(value: ir.Value) -> None:
+    """A rank has other rows, and other experts, than the whole model."""
+    import onnx_ir as ir
+
+    if value.shape is not None and len(value.shape):
+        value.shape = ir.Shape([None, *value.shape[1:]])
 
 
 def _descendants(values: Iterable[ir.Value]) -> set[int]:
