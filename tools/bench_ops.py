@@ -6,7 +6,7 @@ Kernel and body get the same inputs, as ONNX Runtime's own values, and take turn
 compared first. A turn in which other processes took cores away is tried again. Routers are those of five
 sizes: (8, 2), (16, 2), (64, 8), (128, 8) as softmax over all experts, renormalised, and (256, 8) as
 DeepSeek-V3's: sigmoid, bias, 4 of 8 groups. Dispatch, GroupedMatMul (inner 256, columns 128) and Combine
-(H 1024) get the same experts.
+(H 1024) get the same experts; ExpertSlots, RankLoad, RankDispatch and RankCombine have them on 8 ranks.
 
 The JSON is a list of rows: op, experts, top_k, tokens, threads, kernel_ms, body_ms (medians over the rounds),
 ratio: body over kernel, above 1 where the kernel is faster.
@@ -35,10 +35,12 @@ from moe_export.ops import DOMAIN, OPS, VERSION
 
 Array = NDArray[Any]
 OPSET = 22
-KNOWN = ("Router", "Dispatch", "GroupedMatMul", "Combine")
+RANKED = ("ExpertSlots", "RankLoad", "RankDispatch", "RankCombine")
+KNOWN = ("Router", "Dispatch", "GroupedMatMul", "Combine", *RANKED)
 SIZES = ((8, 2), (16, 2), (64, 8), (128, 8), (256, 8))
 """Experts, experts per token."""
 HIDDEN = 1024
+RANKS = 8
 INNER, COLUMNS = 256, 128
 MIN_SECONDS = 0.005
 """A turn lasts at least this long, after one call that does not count."""
@@ -89,6 +91,8 @@ def make_case(op: str, experts: int, top_k: int, tokens: int) -> Case:
     ids = rng.random((tokens, experts)).argsort(axis=1)[:, :top_k].astype(np.int32)
     if op == "Dispatch":
         return Case(op, {"num_experts": experts}, {"expert_ids": ids})
+    if op in RANKED:
+        return _ranked_case(op, ids, experts, rng)
     order, offsets, _ = OPS["Dispatch"].reference(ids, experts)
     if op == "Combine":
         weights = rng.random((tokens, top_k), np.float32)
@@ -97,6 +101,26 @@ def make_case(op: str, experts: int, top_k: int, tokens: int) -> Case:
     rows = rng.standard_normal((ids.size, INNER), np.float32)
     weight = rng.standard_normal((experts, COLUMNS, INNER), np.float32) / np.float32(INNER**0.5)
     return Case(op, {"transposed": 0}, {"rows": rows, "weight": weight, "offsets": offsets})
+
+
+def _ranked_case(op: str, ids: Array, experts: int, rng: np.random.Generator) -> Case:
+    """Expert e in slot e; blocks as large as they must be."""
+    if op == "ExpertSlots":
+        table = np.arange(experts, dtype=np.int32)[:, None]
+        return Case(op, {}, {"expert_ids": ids, "table": table})
+    attributes = {"ranks": RANKS, "slots_per_rank": experts // RANKS}
+    if op == "RankLoad":
+        return Case(op, attributes, {"slots": ids})
+    inputs = {
+        "hidden": rng.standard_normal((len(ids), HIDDEN), np.float32),
+        "slots": ids,
+        "weights": rng.random(ids.shape, np.float32),
+        "capacity": OPS["RankLoad"].reference(ids, **attributes),
+    }
+    if op == "RankDispatch":
+        return Case(op, attributes, inputs)
+    rows, _, places = OPS["RankDispatch"].reference(**inputs, **attributes)
+    return Case(op, {}, {"rows": rows.astype(np.float32), "places": places})
 
 
 def make_session(case: Case, threads: int, library: Path | None) -> Any:

@@ -24,14 +24,14 @@ def tools_on_path() -> Any:
 
 
 def test_a_short_run_measures_every_op_and_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from bench_ops import SIZES, main
+    from bench_ops import KNOWN, SIZES, main
 
     out = tmp_path / "rows.json"
     arguments = ["--tokens", "3", "--rounds", "1", "--threads", "1", "--tries", "1", "--json", str(out)]
     assert main([*arguments, "--markdown"]) == 0
     rows = json.loads(out.read_text())
     ops = {row["op"] for row in rows}
-    assert ops == {"Router", "Dispatch", "GroupedMatMul", "Combine"}
+    assert ops == set(KNOWN) and len(ops) == 8
     assert len(rows) == len(ops) * len(SIZES)
     assert all(row["kernel_ms"] > 0 and row["body_ms"] > 0 and row["ratio"] > 0 for row in rows)
     assert capsys.readouterr().out.count("| `Router` |") == len(SIZES)

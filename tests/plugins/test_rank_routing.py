@@ -123,7 +123,7 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
         SIZES,
         "input weights has shape [2, 3]; expected 2 (experts per token, from slots)",
     ),
-    ("RankDispatch", {**GOOD, "capacity": np.array([0])}, SIZES, "capacity is 0; expected at least 1"),
+    ("RankDispatch", {**GOOD, "capacity": np.array([0])}, SIZES, "capacity is 0; expected 1 to 2147483647"),
     (
         "RankDispatch",
         {**GOOD, "capacity": np.array([1, 2])},
@@ -156,6 +156,7 @@ def test_wrong_inputs(op: str, inputs: dict[str, Any], attributes: dict[str, Any
     [
         ("RankLoad", {"slots": I32}, {"ranks": 2}, "attribute slots_per_rank is 0; expected at least 1"),
         ("RankLoad", {"slots": I32}, {"slots_per_rank": 2}, "attribute ranks is 0; expected at least 1"),
+        ("RankLoad", {"slots": I32}, {"ranks": 2**40, "slots_per_rank": 2**40}, "at most 2147483647 slots"),
         ("AllReduce", {"x": F32}, {}, "attribute ranks is 0; expected at least 1"),
         ("AllReduce", {"x": F32}, {"ranks": 2, "reduce": "mean"}, "attribute reduce is 'mean'; expected one"),
         ("AllReduce", {"x": I32}, {"ranks": 2}, "tensor(int32)"),

@@ -18,56 +18,56 @@ std::string At(const char* name, int64_t i, int64_t width) {
   return std::string(name) + "[" + Text(i / width) + ", " + Text(i % width) + "]";
 }
 
-std::string CheckSlots(const RankSlots& args) {
-  const int64_t most = args.ranks * args.slots_per_rank;
-  for (int64_t i = 0; i < args.tokens * args.top_k; ++i) {
-    if (args.slots[i] < -1 || args.slots[i] >= most) {
-      return At("slots", i, args.top_k) + " is " + Text(args.slots[i]) + "; expected -1 to " + Text(most - 1);
-    }
-  }
-  return "";
-}
-
-// Calls visit(token, rank) once for each token and each rank on which it has a slot; tokens in order.
+// Calls visit(token, rank) once for each token and each rank on which it has a slot; tokens in order. Stops
+// at a slot of no rank, and says so.
 template <typename Visit>
-void ForTokensOfRanks(const RankSlots& args, Visit&& visit) {
+std::string ForTokensOfRanks(const RankSlots& args, Visit&& visit) {
+  const int64_t count = args.ranks * args.slots_per_rank;
+  std::vector<int32_t> rank_of(static_cast<size_t>(count));
+  for (int64_t slot = 0; slot < count; ++slot) {
+    rank_of[slot] = static_cast<int32_t>(slot / args.slots_per_rank);
+  }
   std::vector<int64_t> last(static_cast<size_t>(args.ranks), -1);
   for (int64_t t = 0; t < args.tokens; ++t) {
     for (int64_t k = 0; k < args.top_k; ++k) {
       const int32_t slot = args.slots[t * args.top_k + k];
-      if (slot < 0) continue;
-      const int64_t rank = slot / args.slots_per_rank;
+      if (slot == -1) continue;
+      if (slot < -1 || slot >= count) {
+        return At("slots", t * args.top_k + k, args.top_k) + " is " + Text(slot) + "; expected -1 to " +
+               Text(count - 1);
+      }
+      const int32_t rank = rank_of[slot];
       if (last[rank] == t) continue;
       last[rank] = t;
       visit(t, rank);
     }
   }
+  return "";
 }
 
 std::string Load(const RankSlots& args, int64_t* load) {
-  if (const std::string problem = CheckSlots(args); !problem.empty()) return problem;
   std::vector<int64_t> tokens(static_cast<size_t>(args.ranks));
-  ForTokensOfRanks(args, [&](int64_t, int64_t rank) { ++tokens[rank]; });
+  const std::string problem = ForTokensOfRanks(args, [&](int64_t, int64_t rank) { ++tokens[rank]; });
   *load = std::max<int64_t>(1, *std::max_element(tokens.begin(), tokens.end()));
-  return "";
+  return problem;
 }
 
 std::string DispatchAll(const RankDispatchArgs& args, ParallelFor& pool) {
   const RankSlots& from = args.slots;
   if (args.capacity < 1) return "capacity is " + Text(args.capacity) + "; expected at least 1";
-  if (const std::string problem = CheckSlots(from); !problem.empty()) return problem;
   const int64_t row_count = from.ranks * args.capacity;
   const int64_t width = std::min(from.ranks, from.top_k);
   std::vector<int64_t> source(static_cast<size_t>(row_count), -1);  // The token of each row.
   std::vector<int64_t> used(static_cast<size_t>(from.ranks));
   std::vector<int64_t> found(static_cast<size_t>(from.tokens));  // Rows of each token.
   std::fill_n(args.places, from.tokens * width, -1);
-  ForTokensOfRanks(from, [&](int64_t t, int64_t rank) {
+  const std::string problem = ForTokensOfRanks(from, [&](int64_t t, int64_t rank) {
     if (used[rank] == args.capacity) return;
     const int64_t row = rank * args.capacity + used[rank]++;
     source[row] = t;
     args.places[t * width + found[t]++] = row;
   });
+  if (!problem.empty()) return problem;
   for (int64_t t = 0; t < from.tokens; ++t) {
     std::sort(args.places + t * width, args.places + t * width + found[t]);
   }
@@ -142,13 +142,17 @@ std::string Guarded(int64_t tokens, Function&& function) {
 
 std::string ExpertSlots(const ExpertSlotsArgs& args) {
   if (args.choices < 1) return "table has no columns; expected at least 1";
-  for (int64_t i = 0; i < args.tokens * args.top_k; ++i) {
-    const int32_t id = args.expert_ids[i];
-    if (id >= args.experts) {
-      return At("expert_ids", i, args.top_k) + " is " + Text(id) + "; the table has " + Text(args.experts) +
-             " experts";
+  int64_t choice = 0;
+  for (int64_t t = 0; t < args.tokens; ++t) {
+    for (int64_t i = t * args.top_k; i < (t + 1) * args.top_k; ++i) {
+      const int32_t id = args.expert_ids[i];
+      if (id >= args.experts) {
+        return At("expert_ids", i, args.top_k) + " is " + Text(id) + "; the table has " +
+               Text(args.experts) + " experts";
+      }
+      args.slots[i] = id < 0 ? -1 : args.table[id * args.choices + choice];
     }
-    args.slots[i] = id < 0 ? -1 : args.table[id * args.choices + i / args.top_k % args.choices];
+    if (++choice == args.choices) choice = 0;
   }
   return "";
 }

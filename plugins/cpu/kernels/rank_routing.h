@@ -39,7 +39,7 @@ struct RankSlots {
   int64_t tokens = 0;              // T >= 0
   int64_t top_k = 0;               // K >= 1
   int64_t ranks = 0;               // R >= 1
-  int64_t slots_per_rank = 0;      // S >= 1
+  int64_t slots_per_rank = 0;      // S >= 1; R * S is an int32
 };
 
 // *load = the largest number of distinct tokens with a slot on one rank, at least 1.
@@ -54,7 +54,7 @@ struct RankDispatchArgs {
   int64_t* places = nullptr;       // [T, W] out: the token's rows, ascending, then -1
 
   int64_t hidden_size = 0;  // H >= 0
-  int64_t capacity = 0;     // C >= 1
+  int64_t capacity = 0;     // C >= 1, an int32
   DType dtype = DType::kFloat32;
 };
 

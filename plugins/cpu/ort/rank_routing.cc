@@ -2,10 +2,16 @@
 #include "kernels/rank_routing.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "ort/kernels.h"
 
 namespace moe_export::ort {
+namespace {
+
+constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+
+}  // namespace
 
 void ExpertSlotsKernel::Compute(const NodeRun& run) const {
   cpu::ExpertSlotsArgs args;
@@ -22,7 +28,12 @@ void ExpertSlotsKernel::Compute(const NodeRun& run) const {
 }
 
 RankKernel::RankKernel(const NodeInfo& node)
-    : ranks_(node.IntFrom("ranks", 0, 1)), slots_per_rank_(node.IntFrom("slots_per_rank", 0, 1)) {}
+    : ranks_(node.IntFrom("ranks", 0, 1)), slots_per_rank_(node.IntFrom("slots_per_rank", 0, 1)) {
+  if (ranks_ > kMost / slots_per_rank_) {
+    node.Fail("attributes ranks and slots_per_rank are " + std::to_string(ranks_) + " and " +
+              std::to_string(slots_per_rank_) + "; expected at most 2147483647 slots");
+  }
+}
 
 cpu::RankSlots RankKernel::Slots(const NodeRun& run, size_t index) const {
   cpu::RankSlots slots;
@@ -51,7 +62,9 @@ void RankDispatchKernel::Compute(const NodeRun& run) const {
   run.CheckDimension(weights, "weights", 0, args.slots.tokens, "tokens, from slots");
   run.CheckDimension(weights, "weights", 1, args.slots.top_k, "experts per token, from slots");
   args.capacity = run.Int64(3, "capacity");
-  if (args.capacity < 1) run.Fail("capacity is " + std::to_string(args.capacity) + "; expected at least 1");
+  if (args.capacity < 1 || args.capacity > kMost) {
+    run.Fail("capacity is " + std::to_string(args.capacity) + "; expected 1 to 2147483647");
+  }
   args.hidden = hidden.data;
   args.weights = static_cast<const float*>(weights.data);
   args.hidden_size = hidden.shape[1];
