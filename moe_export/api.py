@@ -154,8 +154,10 @@ def _build(
     referenced = loaded.stored is not None and not loaded.stored.streamed
     each = 0 if referenced else 4 if config.dtype == "float32" else 2
     weight_bytes = sum(p.numel() for p in loaded.module.parameters()) * each
-    if referenced and loaded.quantized is not None:
-        weight_bytes += loaded.quantized.written_bytes(config.dtype)  # nothing quantised can be referred to
+    if referenced and loaded.stored is not None and loaded.quantized is not None:
+        from .importer.kept import written_bytes
+
+        weight_bytes += written_bytes(loaded.quantized, loaded.stored, config.dtype, config.opset)
     with BundleWriter(
         output,
         overwrite=config.overwrite,

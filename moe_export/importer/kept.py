@@ -45,6 +45,20 @@ def _keepable(stored: StoredWeights, name: str) -> bool:
     return stored.checkpoint.tensors[held.parts["scale"]].dtype == "F32"
 
 
+def written_bytes(found: QuantizedWeights, stored: StoredWeights, dtype: str, opset: int) -> int:
+    """Bytes of the floats that a model of ``dtype`` holds in place of what is not kept."""
+    size = found.written_bytes(dtype)
+    for tensor in _kept(stored, opset).values():
+        size -= math.prod(tensor.shape) * (4 if dtype == "float32" else 2)
+    return size
+
+
+def _kept(stored: StoredWeights, opset: int) -> dict[str, QuantizedTensor]:
+    if stored.streamed:
+        return {}
+    return {name: stored.checkpoint.quantized[name] for name in kept_tensors(stored, opset)}
+
+
 def quantized_decision(
     found: QuantizedWeights, stored: StoredWeights | None, dtype: str, opset: int
 ) -> Decision:
@@ -53,10 +67,7 @@ def quantized_decision(
     ``stored``: where they are, of a model whose weights were not loaded.
     """
     text = f"{found.tensors} weights in {found.text}, {bytes_text(found.nbytes)} as published: "
-    kept: dict[str, QuantizedTensor] = {}
-    if stored is not None and not stored.streamed:
-        quantized = stored.checkpoint.quantized
-        kept = {name: quantized[name] for name in kept_tensors(stored, opset)}
+    kept = {} if stored is None else _kept(stored, opset)
     if kept:
         text += (
             f"{len(kept)} stay in the checkpoint's files as they are "
@@ -69,8 +80,7 @@ def quantized_decision(
         if stored is None:
             size = found.elements * (4 if dtype == "float32" else 2)
         else:
-            size = found.written_bytes(dtype)
-            size -= sum(math.prod(t.shape) * (4 if dtype == "float32" else 2) for t in kept.values())
+            size = written_bytes(found, stored, dtype, opset)
         number = f"{found.tensors - len(kept)} are" if kept else "all are"
         text += f"{number} read and written as floats, {bytes_text(size)}; "
         text += _why_not_kept(found, stored, opset)

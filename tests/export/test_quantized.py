@@ -22,7 +22,7 @@ from moe_export.errors import SourceError
 from moe_export.importer import hollow, referenced
 from moe_export.importer.checkpoint import inspect_checkpoint
 from moe_export.importer.export import export_model
-from moe_export.importer.kept import kept_tensors, quantized_decision
+from moe_export.importer.kept import kept_tensors, quantized_decision, written_bytes
 from moe_export.importer.quantized import QuantizedTensor, QuantizedWeights
 from moe_export.importer.sources import load_source
 from moe_export.importer.weight_sources import AsStored, StoredWeights, stored_weights
@@ -189,6 +189,9 @@ def test_experts_are_kept_together(tmp_path: Path) -> None:
     found = quantized_decision(counted, stored, "float32", 21)
     assert found.choice == "kept in part" and "; kept are large matrices" in found.reason
     assert " 6 are read and written as floats, 36.0 KiB; " in found.reason
+    assert written_bytes(counted, stored, "float32", 21) == 36 << 10
+    assert written_bytes(counted, stored, "bfloat16", 21) == 18 << 10
+    assert written_bytes(counted, stored, "float32", 20) == counted.float_bytes
 
 
 def test_stacks_are_written_one_matrix_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
