@@ -26,7 +26,7 @@ LAYERS = (
     {"backends"},
     {"runtime"},
     {"verify", "bench", "report", "inspect", "planning", "package"},
-    {"api", "evidence"},
+    {"api", "evidence", "expert_parallel"},
     {"cli"},
     {"__main__"},
 )
