@@ -4,6 +4,7 @@ same order."""
 from __future__ import annotations
 
 import atexit
+import contextlib
 import itertools
 import os
 import time
@@ -131,6 +132,8 @@ class Driver:
         self._divided = divided
         self._work = work
         self._closed = False
+        self._alive = contextlib.ExitStack()
+        self._alive.enter_context(ranks.alive())
         self.freed: list[int] = []
         """Numbers of steppers that nobody uses any more."""
         atexit.register(self.close)
@@ -190,6 +193,7 @@ class Driver:
         with self._ranks.lock:
             if not self._closed:
                 self._closed = True
+                self._alive.close()
                 self._ranks.send(range(1, self._ranks.size), {"op": "close", "freed": []}, {})
         atexit.unregister(self.close)
 

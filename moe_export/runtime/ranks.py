@@ -1,15 +1,16 @@
-"""The ranks of one run, and messages between them. Nothing here waits without a limit, except a worker for
-its next command.
+"""The ranks of one run, and messages between them. Nothing here waits without a limit.
 
 Every wait polls, and ends all ranks when its time is over. Rank 0 waits ``timeout`` seconds, rank 1 five
 more, the others ten more: so one rank, and only one, says what happened. Who works for long (hashes, loading)
-says every few seconds that it is alive, and others wait as long as it does.
+says every few seconds that it is alive, and others wait as long as it does. Workers between two commands wait
+:data:`IDLE` times as long for a sign of life of rank 0.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import json
 import os
 import signal
@@ -39,11 +40,16 @@ ABORTED = 2
 """Exit code when one rank ends all."""
 LATER = (0.0, 5.0, 10.0)
 """How many seconds longer rank 0, rank 1 and the others wait."""
+IDLE = 5
+"""How many time limits a worker without a command waits for a sign of life of rank 0."""
 SHARED = "all ranks: "
 """In an error's text: every rank fails alike, so none needs to be ended."""
 _DATA, _ALIVE = 1, 2
 _NAPS = ((0.002, 0.0), (0.2, 0.0001), (5.0, 0.002))
 _LONGEST_NAP = 0.01
+_LONGEST_TICK = 1.0
+"""Of a pause between two looks no more counts as waiting: this process itself may have been suspended."""
+_ABORT_SECONDS = 5.0
 
 _world: Ranks | None = None
 
@@ -87,6 +93,7 @@ class Ranks:
         self.rank, self.size = int(world.Get_rank()), int(world.Get_size())
         self._last_beat = time.monotonic()
         self._beating: list[Any] = []
+        self._beat_lock = threading.Lock()
         self._comm = self._duplicate(world)
 
     @property
@@ -122,14 +129,14 @@ class Ranks:
         for rank, request in requests:
             self._wait(request.Test, f"rank {rank} does not take a message")
 
-    def receive(self, source: int, *, forever: bool = False) -> Message:
-        """The next message of rank ``source``."""
-        header = json.loads(bytes(self._receive_bytes(source, None, forever)))
+    def receive(self, source: int, *, idle: bool = False) -> Message:
+        """The next message of rank ``source``; ``idle``: there is nothing to do meanwhile."""
+        header = json.loads(bytes(self._receive_bytes(source, None, IDLE if idle else 1)))
         arrays = {}
         for name, dtype, shape in header["arrays"]:
             array = np.empty(shape, numpy_dtype(dtype))
             if array.nbytes:
-                self._receive_bytes(source, _bytes(array), False)
+                self._receive_bytes(source, _bytes(array), 1)
             arrays[name] = array
         return header["values"], arrays
 
@@ -159,7 +166,7 @@ class Ranks:
             MoeExportError: it failed on a rank; then it is raised on all of them.
         """
         result, failure, told = None, None, ""
-        with self._alive():
+        with self.alive():
             try:
                 result = work()
             except Exception as error:  # Whatever it is, the others must hear of it, or they would wait.
@@ -180,6 +187,8 @@ class Ranks:
         line = " ".join(f"error: {self.name}: {text}; all ranks are ended".split())
         print(line, file=sys.__stderr__, flush=True)
         time.sleep(0.2)  # The launcher forwards the line, then ends everybody.
+        # Where it cannot be reached, MPI may not return either; Python's threads do not run meanwhile.
+        faulthandler.dump_traceback_later(_ABORT_SECONDS, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115
         self._mpi.COMM_WORLD.Abort(ABORTED)
         os._exit(ABORTED)
 
@@ -188,8 +197,9 @@ class Ranks:
         self._wait(request.Test, "not all ranks came to the start")
         return fresh
 
-    def _receive_bytes(self, source: int, into: Any, forever: bool) -> Any:
-        """The bytes of the next message; meanwhile signs of life prolong the wait."""
+    def _receive_bytes(self, source: int, into: Any, times: int) -> Any:
+        """The bytes of the next message; meanwhile signs of life prolong the wait. ``times``: how many time
+        limits to wait."""
         while True:
             status = self._mpi.Status()
             found: list[Any] = []
@@ -200,7 +210,7 @@ class Ranks:
                     found.append(message)
                 return message is not None
 
-            self._wait(arrived, f"rank {source} does not answer", forever)
+            self._wait(arrived, f"rank {source} does not answer", times)
             alive = status.Get_tag() == _ALIVE
             size = status.Get_count(self._mpi.BYTE)
             buffer = bytearray(size) if alive or into is None else into
@@ -210,29 +220,31 @@ class Ranks:
             if not alive:
                 return buffer
 
-    def _wait(self, poll: Callable[[], Any], what: str, forever: bool = False) -> None:
-        began = time.monotonic()
+    def _wait(self, poll: Callable[[], Any], what: str, times: int = 1) -> None:
+        waited, last = 0.0, time.monotonic()
         while not poll():
-            waited = time.monotonic() - began
-            if not forever and waited > self.patience:
-                self.abort(f"{what} for {waited:.0f} s (time limit {self.timeout:g} s)")
+            now = time.monotonic()
+            waited, last = waited + min(now - last, _LONGEST_TICK), now
+            if waited > times * self.timeout + self.patience - self.timeout:
+                self.abort(f"{what} for {waited:.0f} s (time limit {times * self.timeout:g} s)")
             if self._collecting:
                 self._beat()
             time.sleep(next((nap for until, nap in _NAPS if waited < until), _LONGEST_NAP))
 
     def _beat(self) -> None:
         """Tell those who wait for this rank that it is alive, every now and then."""
-        now = time.monotonic()
-        if now - self._last_beat < min(self.timeout / 4, 5.0):
-            return
-        self._last_beat = now
-        others = range(1, self.size) if self.rank == 0 else (0,)
-        self._beating = [request for request in self._beating if not request.Test()]
-        self._beating += [self._comm.Isend([bytearray(1), self._mpi.BYTE], r, _ALIVE) for r in others]
+        with self._beat_lock:
+            now = time.monotonic()
+            if now - self._last_beat < min(self.timeout / 4, 5.0):
+                return
+            self._last_beat = now
+            others = range(1, self.size) if self.rank == 0 else (0,)
+            self._beating = [request for request in self._beating if not request.Test()]
+            self._beating += [self._comm.Isend([bytearray(1), self._mpi.BYTE], r, _ALIVE) for r in others]
 
     @contextlib.contextmanager
-    def _alive(self) -> Iterator[None]:
-        """Signs of life while this thread does something else."""
+    def alive(self) -> Iterator[None]:
+        """Signs of life from a thread of their own."""
         over = threading.Event()
 
         def beat() -> None:

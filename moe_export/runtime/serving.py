@@ -75,7 +75,7 @@ class _Server:
         """Until rank 0 says that it is over."""
         ranks = self._ranks
         while True:
-            values, arrays = ranks.receive(0, forever=True)
+            values, arrays = ranks.receive(0, idle=True)
             for number in values["freed"]:
                 self._steppers.pop(number, None)
             op = values["op"]

@@ -160,6 +160,21 @@ if rank:"""
     assert gone(tmp_path)
 
 
+def test_rank_0_stands_still_without_a_run(tmp_path: Path, bundle: Path) -> None:
+    """Then it shows no sign of life, and the others wait five time limits for one."""
+    text = (
+        "import os, signal, sys\nfrom pathlib import Path\n"
+        "from moe_export.runtime import launched, load, serve_rank\n"
+        "(Path(sys.argv[2]) / f'pid{launched().rank}').write_text(str(os.getpid()))\n"
+        "if launched().rank:\n    serve_rank(sys.argv[1])\n"
+        "else:\n    session = load(sys.argv[1])\n    os.kill(os.getpid(), signal.SIGSTOP)\n"
+    )
+    done = mpiexec(3, *script(tmp_path, "idle", text), bundle, tmp_path, MOE_EXPORT_EP_TIMEOUT="1")
+    assert (done.code, len(done.errors)) == (2, 1), done.err
+    assert re.search(r"^error: rank 1 of 3 \(.*\): rank 0 does not answer for 10 s \(time limit 5 s\)", done.err)
+    assert gone(tmp_path)
+
+
 def test_a_rank_that_comes_too_late_ends_all(tmp_path: Path, bundle: Path) -> None:
     text = (
         "import sys, time\nfrom moe_export.runtime import launched, load, serve_rank\n"
