@@ -30,5 +30,6 @@ check address 100 40 ON
 LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
     MOE_EXPORT_CPU_PLUGIN=build/sanitize-address/libmoe_export_cpu.so \
     "$venv/bin/python" -m pytest -q -p no:cacheprovider tests/plugins/test_errors.py \
-    tests/plugins/test_fuzz.py tests/plugins/test_rank_routing.py tests/plugins/test_quantized.py -k "not every_instruction_set"
+    tests/plugins/test_fuzz.py tests/plugins/test_rank_routing.py tests/plugins/test_collectives.py \
+    tests/plugins/test_quantized.py -k "not every_instruction_set"
 check thread 40 15 OFF
