@@ -32,6 +32,7 @@ from moe_export.schema import Decision
 from moe_export.verify import verify_bundle
 from tests.helpers import published
 from tests.helpers.published import Format, publish
+from tests.helpers.tools import tool
 
 FORMATS = [
     pytest.param("mixtral", published.fp8(), {"num_hidden_layers": 1}, id="mixtral-fp8"),
@@ -233,6 +234,21 @@ def test_a_value_that_makes_no_sense_ends_the_export(tmp_path: Path) -> None:
     stored = stored_weights(build_tiny(FAMILIES["mixtral"]), inspect_checkpoint(quantised))
     with pytest.raises(SourceError, match=r"experts\.2\.w2\.qweight': g_idx puts input 3 into group 99"):
         list(every_weight(stored))
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_synthetic_checkpoints_in_fp8(sparse: bool, tmp_path: Path) -> None:
+    """What tools/bench_export.py measures is a checkpoint as published."""
+    config = {**FAMILIES["deepseek_v3"].tiny, "model_type": "deepseek_v3"}
+    config["architectures"] = ["DeepseekV3ForCausalLM"]
+    size = tool("synthetic_checkpoint").write_checkpoint(tmp_path / "c", config, sparse=sparse, fp8=True)
+    info = inspect_checkpoint(tmp_path / "c")
+    assert info.total_bytes == size and info.quantization is not None
+    assert info.quantization.text() == "FP8 in blocks of 128 x 128"
+    model = load_source(tmp_path / "c").module
+    spread = [float(p.std()) for n, p in model.named_parameters() if "_proj" in n]
+    assert len(spread) == 18
+    assert max(spread) == 0 if sparse else all(0.005 < value < 0.05 for value in spread)
 
 
 def every_weight(stored: StoredWeights) -> Iterator[torch.Tensor]:
