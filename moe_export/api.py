@@ -35,6 +35,7 @@ def export(
     dynamic: dict[str, dict[int, str]] | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Export ``source`` to portable ONNX in the folder ``output``: no lowering, no checks of parity or speed.
@@ -47,6 +48,7 @@ def export(
             ``load``: all read first, and written anew; ``auto``: referenced where that is possible and the
             weights take 2 GiB or more, else loaded.
         layers: of a transformers model: its first so many layers only, for a trial.
+        resume: as for :func:`build`.
         inputs, dynamic: of an own module; see :func:`moe_export.importer.sources.load_source`.
 
     Returns: the folder.
@@ -66,7 +68,10 @@ def export(
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
     )
-    return build(source, output, config, inputs=inputs, dynamic=dynamic, progress=progress).path
+    made = build(
+        source, output, config, inputs=inputs, dynamic=dynamic, resume=resume, progress=progress
+    )
+    return made.path
 
 
 def build(
@@ -76,6 +81,7 @@ def build(
     *,
     inputs: dict[str, Any] | None = None,
     dynamic: dict[str, dict[int, str]] | None = None,
+    resume: bool = False,
     progress: Progress | None = None,
     **options: Any,
 ) -> Bundle:
@@ -84,6 +90,8 @@ def build(
     Args:
         source, inputs, dynamic: as for :func:`export`.
         config: every choice; ``options`` are fields of :class:`BuildConfig` and win.
+        resume: go on with what an interrupted build of the same source, choices and tools wrote of this
+            output, and keep what is written when this one is interrupted.
 
     Returns: the bundle. An unchanged build that is there already is returned as it is, and noted.
 
@@ -97,7 +105,7 @@ def build(
             raise UsageError(f"unknown build option {name!r}; {choices_text(name, known)}")
     config = dataclasses.replace(config or BuildConfig(), **options)
     with _mode_kept(source):
-        return _build(source, Path(output), config, inputs, dynamic, progress or NullProgress())
+        return _build(source, Path(output), config, inputs, dynamic, resume, progress or NullProgress())
 
 
 @contextmanager
@@ -118,9 +126,11 @@ def _build(
     config: BuildConfig,
     inputs: dict[str, Any] | None,
     dynamic: dict[str, dict[int, str]] | None,
+    resume: bool,
     progress: Progress,
 ) -> Bundle:
     from .backends import get_backend
+    from .backends.data_file import kept_files
     from .bundle.cache import cache_key, find_unchanged
     from .bundle.reader import open_bundle
     from .bundle.writer import BundleWriter
@@ -162,6 +172,9 @@ def _build(
         output,
         overwrite=config.overwrite,
         required_bytes=int(weight_bytes * (1 + len(environment.get("sm", ()))) * 1.1) + (1 << 20),
+        key=key,
+        resume=resume,
+        kept=kept_files,
         progress=progress,
     ) as writer:
         manifest = _write_engine(loaded, config, environment, writer, progress)
@@ -229,6 +242,7 @@ def _write_engine(
     progress: Progress,
 ) -> Manifest:
     from .backends import get_backend
+    from .backends.data_file import forget_journals
     from .expert_parallel import divide
     from .importer.export import export_model
     from .inspect import count_parameters, find_expert_blocks
@@ -262,6 +276,7 @@ def _write_engine(
                 **environment,
             },
         )
+    forget_journals(writer.path)
     if loaded.stored is not None:
         _take_over_hashes(loaded.stored, writer)
     count = count_parameters(loaded.module, getattr(loaded.module, "config", None))

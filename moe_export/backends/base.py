@@ -97,7 +97,7 @@ class Backend(ABC):
         run_pipeline(self.name, context, "shared")
         ranks = []
         for rank in range(plan.ranks):
-            (folder / plan.folder(rank)).mkdir()
+            (folder / plan.folder(rank)).mkdir(exist_ok=True)  # of an interrupted build that goes on
             own = dataclasses.replace(
                 context,
                 model=context.model.clone(),  # its weights are the original's, until they are sliced
@@ -181,8 +181,6 @@ def write_onnx(context: PassContext, folder: Path) -> None:
         node.doc_string = None
     model.ir_version = 10
     files = place_weights(model, folder, DATA_FILE)
-    if files is None:
-        ir.save(model, folder / MODEL_FILE, external_data=DATA_FILE)
-    else:
+    if files.referenced:
         context.notes.append(f"weights: {files.text()}")
-        ir.save(model, folder / MODEL_FILE)
+    ir.save(model, folder / MODEL_FILE)

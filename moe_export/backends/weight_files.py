@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import SourceError
 from ..files import bytes_text
+from .data_file import write_data
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -44,19 +45,17 @@ class WeightFiles:
         return f"{text}; {bytes_text(self.copied)} of its files copied: {self.why}" if self.copied else text
 
 
-def place_weights(model: ir.Model, folder: Path, data_file: str) -> WeightFiles | None:
+def place_weights(model: ir.Model, folder: Path, data_file: str) -> WeightFiles:
     """Give every initializer of ``model`` a place in ``folder``: tensors of a checkpoint in links to its
-    files below ``checkpoint/``, others in ``data_file``. None, and nothing done, where none lies in one.
+    files below ``checkpoint/``, other large ones in ``data_file``.
 
     Raises:
         SourceError: a file of the checkpoint cannot be linked or copied.
     """
     import onnx_ir as ir
 
-    values = [v for v in model.graph.initializers.values() if v.const_value is not None]
+    values = [v for g in model.graphs() for v in g.initializers.values() if v.const_value is not None]
     referenced = [v for v in values if _foreign(v.const_value, folder)]
-    if not referenced:
-        return None
     rest = [v for v in values if not _foreign(v.const_value, folder) and _large(v.const_value)]
     places, copied, why = _take_over(referenced, folder)
     for value in referenced:
@@ -72,7 +71,7 @@ def place_weights(model: ir.Model, folder: Path, data_file: str) -> WeightFiles 
             base_dir=folder,
         )
     tensors = [v.const_value for v in rest if v.const_value is not None]
-    made = ir.external_data.convert_tensors_to_external(tensors, folder, data_file) if tensors else []
+    made = write_data(tensors, folder, data_file) if tensors else []
     for value, tensor in zip(rest, made, strict=True):
         value.const_value = tensor
     return WeightFiles(

@@ -8,6 +8,7 @@ import secrets
 import shutil
 import signal
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -19,6 +20,8 @@ from moe_export.errors import BundleError, EnvironmentLacksError, MoeExportError
 from moe_export.files import bytes_text, describe_path, read_json_object
 from moe_export.progress import NullProgress, Progress
 
+KEY_FILE = ".key"
+"""File of a temporary folder: what its content follows from."""
 _NO_SPACE_WORDS = ("No space left on device", "Disk quota exceeded")
 _END_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
@@ -31,7 +34,9 @@ class FolderWriter:
     is removed. What a killed process left is removed by the next writer of the same output.
 
     ``required_bytes``: free space to ask for before any work. ``overwrite``: replace an existing folder of
-    the same kind; another kind of folder is never replaced.
+    the same kind; another kind of folder is never replaced. ``key``: what the folder's content follows from.
+    ``resume``: take over from a killed writer of the same key the files that ``kept`` names, and leave the
+    temporary folder when the block ends with an error.
 
     Raises:
         UsageError: the output exists, its parent is missing or cannot be written, or another process writes
@@ -53,9 +58,13 @@ class FolderWriter:
         *,
         overwrite: bool = False,
         required_bytes: int | None = None,
+        key: str = "",
+        resume: bool = False,
+        kept: Callable[[Path], set[Path]] = lambda folder: set(),
         progress: Progress | None = None,
     ) -> None:
         self._asked = Path(output)
+        self._key, self._resume, self._kept = key, resume, kept
         self._overwrite = overwrite
         self._required_bytes = required_bytes
         self._progress = progress or NullProgress()
@@ -85,13 +94,18 @@ class FolderWriter:
         with ExitStack() as stack:
             stack.enter_context(_EndSignals())
             stack.enter_context(output_lock(self._output))
-            self._clean_leftovers()
+            begun = self._clean_leftovers()
             self._check_output()
-            self._check_space()
+            self._check_space(begun)
             stack.callback(self._remove_temporary)
             temporary = self._sibling("partial")
             try:
-                temporary.mkdir()
+                if begun is None:
+                    temporary.mkdir()
+                else:
+                    begun.rename(temporary)
+                if self._key:
+                    (temporary / KEY_FILE).write_text(self._key, encoding="utf-8")
             except OSError as error:
                 raise write_error(error, self._output) from error
             self._temporary = temporary
@@ -114,6 +128,8 @@ class FolderWriter:
                 )
             elif isinstance(error, OSError) and error.errno == errno.EFBIG:
                 translated = write_error(error, self._output)
+        if error is not None and self._resume and self._temporary is not None:
+            self._leave()
         self._stack.close()
         if translated is not None:
             raise translated from error
@@ -125,6 +141,7 @@ class FolderWriter:
             UsageError, EnvironmentLacksError: the file system refuses.
         """
         temporary = self.path
+        (temporary / KEY_FILE).unlink(missing_ok=True)
         try:
             sync_folder(temporary)
             stale = replace_folder(temporary, self._output, self._sibling("replaced"), self._overwrite)
@@ -155,10 +172,13 @@ class FolderWriter:
                 "folders, so choose another output folder with -o"
             )
 
-    def _check_space(self) -> None:
+    def _check_space(self, begun: Path | None) -> None:
+        """``begun``: what is there already."""
         if self._required_bytes is None:
             return
         free = shutil.disk_usage(self._output.parent).free
+        if begun is not None:
+            free += sum(path.stat().st_size for path in self._kept(begun) if path.is_file())
         if free < self._required_bytes:
             raise EnvironmentLacksError(
                 f"no space for the {self.what} in {self._output.parent}: it needs about "
@@ -170,17 +190,31 @@ class FolderWriter:
     def _sibling(self, what: str) -> Path:
         return self._output.with_name(f".{self._output.name}.{what}-{os.getpid()}-{secrets.token_hex(4)}")
 
-    def _clean_leftovers(self) -> None:
-        """Remove what killed writers of this output left. The lock is held, so no living writer owns any of
-        it."""
+    def _leave(self) -> None:
+        """Let the temporary folder lie, if there is something in it to go on with."""
+        assert self._temporary is not None
+        if (self._temporary / KEY_FILE).is_file() and self._kept(self._temporary):
+            self._progress.note("what was written is kept; --resume goes on with it")
+            self._temporary = None
+
+    def _clean_leftovers(self) -> Path | None:
+        """Remove what killed writers of this output left, and return what of it can be gone on with. The lock
+        is held, so no living writer owns any of it."""
+        begun: Path | None = None
         for path, pid in leftovers(self._output):
             if ".replaced-" in path.name and not self._output.exists():
                 # Killed between two renames: the old bundle was set aside and the new one not yet in place.
                 path.rename(self._output)
                 self._progress.note(f"restored {self._output.name}, which a killed build had set aside")
                 continue
+            if self._resume and begun is None and self._key and _key_of(path) == self._key:
+                begun = path
+                _keep_only(path, self._kept(path))
+                self._progress.note(f"going on with what process {pid} wrote")
+                continue
             shutil.rmtree(path, ignore_errors=True)
             self._progress.note(f"removed {path.name}, left by process {pid} which was killed")
+        return begun
 
     def _remove_temporary(self) -> None:
         if self._temporary is not None:
@@ -190,6 +224,27 @@ class FolderWriter:
                     f"could not remove {self._temporary}; the next build to this output tries again"
                 )
             self._temporary = None
+
+
+def _key_of(folder: Path) -> str | None:
+    try:
+        return (folder / KEY_FILE).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+
+
+def _keep_only(folder: Path, kept: set[Path]) -> None:
+    """Remove every other file, and links, below ``folder``; folders stay only where something is kept."""
+    for where, folders, names in os.walk(folder, topdown=False):
+        for name in names:
+            if Path(where, name) not in kept:
+                Path(where, name).unlink()
+        for name in folders:
+            path = Path(where, name)
+            if path.is_symlink():
+                path.unlink()
+            elif not any(path.iterdir()):
+                path.rmdir()
 
 
 class _EndSignals(AbstractContextManager[None]):

@@ -7,7 +7,7 @@ import datetime
 from pathlib import Path
 from typing import Self
 
-from moe_export.bundle.folder_writer import FolderWriter, says_no_space
+from moe_export.bundle.folder_writer import KEY_FILE, FolderWriter, says_no_space
 from moe_export.bundle.hashing import FolderHashes
 from moe_export.bundle.lock import write_error
 from moe_export.bundle.manifest import MANIFEST_NAME, manifest_fault, write_manifest
@@ -61,6 +61,7 @@ class BundleWriter(FolderWriter):
             UsageError, EnvironmentLacksError: the file system refuses.
         """
         temporary = self.path
+        (temporary / KEY_FILE).unlink(missing_ok=True)
         complete = dataclasses.replace(
             manifest,
             files=self._hashes.entries(self._progress),

@@ -14,6 +14,7 @@ from moe_export.cli.options import (
     common_options,
     json_option,
     quiet_option,
+    resume_option,
     trust_remote_code_option,
 )
 from moe_export.config import (
@@ -94,6 +95,7 @@ if TYPE_CHECKING:
     "--tolerance", "tolerances", type=Assignment(), multiple=True, help="Largest error of an output."
 )
 @click.option("--overwrite/--no-overwrite", default=None, help="Replace a bundle there.  [default: refuse]")
+@resume_option
 @trust_remote_code_option
 @json_option
 @quiet_option
@@ -108,6 +110,7 @@ def command(
     flags["max_sequence"] = flags.pop("max_seq")
     flags["tolerances"] = dict(flags["tolerances"]) or None
     flags["trust_remote_code"] = flags["trust_remote_code"] or None
+    resume = flags.pop("resume")
     config = merge(load_config_file(config_file) if config_file else {}, flags)
 
     from moe_export.api import build
@@ -116,7 +119,7 @@ def command(
     from moe_export.schema import to_json
 
     with console_progress(quiet) as progress:
-        bundle = build(source, output, config, progress=progress)
+        bundle = build(source, output, config, resume=resume, progress=progress)
     if as_json:
         print_json({"path": str(bundle.path), "manifest": to_json(bundle.manifest)})
     else:

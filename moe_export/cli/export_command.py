@@ -7,7 +7,13 @@ from typing import Any
 
 import click
 
-from moe_export.cli.options import common_options, json_option, quiet_option, trust_remote_code_option
+from moe_export.cli.options import (
+    common_options,
+    json_option,
+    quiet_option,
+    resume_option,
+    trust_remote_code_option,
+)
 from moe_export.config import DEFAULT_OPSET, WEIGHTS
 from moe_export.schema import DTYPES, TASKS
 
@@ -29,6 +35,7 @@ from moe_export.schema import DTYPES, TASKS
 )
 @click.option("--layers", type=click.IntRange(1), help="Only the first N layers, a trial.  [default: all]")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier export at the output.")
+@resume_option
 @trust_remote_code_option
 @json_option
 @quiet_option

@@ -100,6 +100,13 @@ def quiet_option(function: Decorated) -> Decorated:
     return click.option("-q", "--quiet", is_flag=True, help="Show no progress.")(function)
 
 
+def resume_option(function: Decorated) -> Decorated:
+    """``--resume``: go on with an interrupted run."""
+    return click.option(
+        "--resume", is_flag=True, help="Go on with an interrupted run's files; leave them if this one is."
+    )(function)
+
+
 def trust_remote_code_option(function: Decorated) -> Decorated:
     """``--trust-remote-code``: run Python code that lies in the source folder."""
     return click.option("--trust-remote-code", is_flag=True, help="Run model code that lies in SOURCE.")(

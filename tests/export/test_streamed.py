@@ -80,13 +80,14 @@ CONFIG = {
 }  # fmt: skip
 """1.06 GB in bfloat16, 2.1 GB in float32; an expert's matrices take 44 MB in float32, a layer's 352 MB."""
 CHILD = """
-import json, resource, sys
+import json, sys
 import onnx, onnxruntime, onnxscript, torch.onnx, transformers
 from moe_export import build
+from moe_export.process_memory import peak_rss_bytes
 assert transformers.MixtralForCausalLM
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_rss_bytes()
 build(sys.argv[1], sys.argv[2], target="onnxruntime", verify=False, bench=False, weights=sys.argv[3])
-print(json.dumps([before * 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+print(json.dumps([before, peak_rss_bytes()]))
 """
 
 
