@@ -91,6 +91,13 @@ class Ranks:
         self._mpi = _start_mpi(timeout)
         world = self._mpi.COMM_WORLD
         self.rank, self.size = int(world.Get_rank()), int(world.Get_size())
+        launch = launched()
+        if (self.rank, self.size) != (launch.rank, launch.size):
+            vendor = " ".join(str(part) for part in self._mpi.get_vendor()[:1])
+            raise EnvironmentLacksError(
+                f"mpiexec started {launch.size} processes, and MPI ({vendor}) knows of {self.size}: mpiexec "
+                "is not that of the MPI which mpi4py finds; start them with the one that belongs to it"
+            )
         self._last_beat = time.monotonic()
         self._beating: list[Any] = []
         self._beat_lock = threading.Lock()

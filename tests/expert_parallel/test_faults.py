@@ -343,6 +343,21 @@ def test_a_run_that_fails_on_one_rank(tmp_path: Path, mode: str) -> None:
     check(done, r"rank 1 of 2 \(.*\): .*rank1/model.onnx: the run failed: .*indices element out of")
 
 
+def test_the_launcher_of_another_mpi(bundle: Path) -> None:
+    """Its variables say that there are others, and MPI itself knows of none."""
+    from tests.expert_parallel.mpi import environment
+
+    began = time.monotonic()
+    done = subprocess.run(
+        [COMMAND, "run", bundle, "--prompt", "hello"],
+        capture_output=True,
+        text=True,
+        env=environment(OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_SIZE="3"),
+    )
+    ended = Done(done.returncode, done.stdout, done.stderr, time.monotonic() - began)
+    check(ended, r"mpiexec started 3 processes, and MPI \(\w+\) knows of 1: mpiexec is not that of", 3)
+
+
 def test_load_on_every_rank(tmp_path: Path, bundle: Path) -> None:
     text = (
         "import sys\nfrom moe_export.cli.main import run_guarded\nfrom moe_export.runtime import load\n"

@@ -253,6 +253,18 @@ def test_two_sessions_one_after_the_other(tmp_path: Path) -> None:
     assert done.out.splitlines() == ["(1, 2, 259)"] * 2
 
 
+@needs_mpi
+def test_the_service_of_the_documentation(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "expert-parallel.md").read_text(encoding="utf-8")
+    section = page.split("## Embed in a service\n")[1].split("\n## ")[0]
+    (code,) = re.findall(r"^```python\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
+    bundle = make_rank_bundle(tmp_path / "bundle", 2, "allreduce")
+    done = mpiexec(2, *script(tmp_path, "serve", code), bundle)
+    assert (done.code, done.err) == (0, "")
+    lines = done.out.splitlines()
+    assert lines[0].startswith("[[") and [line[:2] for line in lines[1:]] == ["0 ", "1 "]
+
+
 def test_dealing_and_joining_are_inverse() -> None:
     rng = np.random.default_rng(0)
     for batch in range(1, 8):
