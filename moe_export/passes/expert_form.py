@@ -99,10 +99,14 @@ def _owner(value: ir.Value | None) -> bool:
         node = value.producer() if value is not None else None
         if node is None:
             return False
-        if node.op_type == "Gather":
+        if node.op_type in ("Gather", "GatherND"):
             order = node.inputs[1]
             source = order.producer() if order is not None else None
-            return source is not None and source.domain == DOMAIN and source.op_type == "Dispatch"
+            if node.op_type == "GatherND" and source is not None and source.op_type == "Unsqueeze":
+                order = source.inputs[0]
+                source = order.producer() if order is not None else None
+            ours = source is not None and source.domain == DOMAIN and source.op_type == "Dispatch"
+            return ours and source is not None and order is source.outputs[0]
         if node.op_type not in ("Clip", "Cast", "Max", "Min", "Identity"):
             return False
         value = node.inputs[0]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from moe_export.backends.onnxruntime.plugin import cpu_plugin_problem
 from moe_export.ops import DOMAIN
 from moe_export.passes.base import PassContext
 from moe_export.passes.fuse_experts import FuseExperts
@@ -165,3 +168,15 @@ def test_without_the_plugin_nothing_is_fused() -> None:
     ctx.options = {}
     FuseExperts().apply(ctx)
     assert "ExpertMLP" not in ops_of(ctx) and not ctx.decisions
+
+
+@pytest.mark.skipif(bool(cpu_plugin_problem()), reason="needs the CPU plugin")
+def test_biased_experts_of_a_real_model_become_one_op(tmp_path: Path) -> None:
+    """gpt-oss adds a bias per expert to both products; torch looks it up by GatherND, not Gather."""
+    import moe_export
+    from moe_export.models.families import tiny_model
+
+    bundle = moe_export.build(tiny_model("gpt_oss"), tmp_path / "bundle", bench=False, threads=1)
+    chosen = {d.subject: d.choice for d in bundle.manifest.decisions if d.subject.endswith(": experts")}
+    assert set(chosen.values()) == {"one ExpertMLP op of the CPU plugin"} and len(chosen) == 2
+    assert bundle.manifest.evidence["parity"]["passed"]
