@@ -24,10 +24,10 @@ DEEP: dict[str, dict[str, Any]] = {
     "mixtral": {"num_hidden_layers": 3},
     "deepseek_v3": {"num_hidden_layers": 4, "first_k_dense_replace": 2},
     "gpt_oss": {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
-    "qwen3_next": {"num_hidden_layers": 5, "layer_types": ["linear_attention"] * 3 + ["full_attention"] * 2},
+    "qwen3_next": {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2},
     "switch_transformers": {"num_layers": 5, "num_decoder_layers": 5},
 }
-LEFT = {"mixtral": 1, "deepseek_v3": 3, "gpt_oss": 1, "qwen3_next": 4, "switch_transformers": 3}
+LEFT = {"mixtral": 1, "deepseek_v3": 3, "gpt_oss": 1, "qwen3_next": 2, "switch_transformers": 3}
 
 
 def deep(family: str) -> Any:
