@@ -172,14 +172,16 @@ def _external(stored: StoredWeights, tensor: str, name: str) -> ir.ExternalTenso
     import onnx_ir as ir
 
     info = stored.checkpoint.tensors[tensor]
+    # Without a base_dir, as onnx_ir refuses to read files of several names below one: those are what an
+    # earlier export and hub caches leave.
     return ir.ExternalTensor(
-        info.shard,
+        stored.path(tensor).absolute(),
         info.begin,
         info.nbytes,
         _onnx_dtype(info.dtype),
         shape=ir.Shape(info.shape),
         name=name,
-        base_dir=stored.checkpoint.folder,
+        base_dir="",
     )
 
 

@@ -236,6 +236,16 @@ def test_a_value_that_makes_no_sense_ends_the_export(tmp_path: Path) -> None:
         list(every_weight(stored))
 
 
+def test_files_that_have_a_second_name_are_read(tmp_path: Path) -> None:
+    """An earlier export leaves one, and so do hub caches; onnx_ir refuses them below a folder."""
+    quantised, _ = checkpoints("mixtral", published.fp8(), tmp_path)
+    for file in quantised.glob("*.safetensors"):
+        (tmp_path / file.name).hardlink_to(file)
+    stored = stored_weights(build_tiny(FAMILIES["mixtral"]), inspect_checkpoint(quantised))
+    name = "model.embed_tokens.weight"
+    assert np.array_equal(referenced._place(stored, name, "w").numpy(), stored.weight(name).numpy())
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 def test_synthetic_checkpoints_in_fp8(sparse: bool, tmp_path: Path) -> None:
     """What tools/bench_export.py measures is a checkpoint as published."""
