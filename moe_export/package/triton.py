@@ -165,6 +165,7 @@ def _ranks_plan(bundle: Bundle, model: str, options: PackageOptions, ranks: int)
     gpus = options.gpus if options.gpus is not None else tuple(range(ranks))
     if len(gpus) != ranks:
         raise UsageError(f"gpus: {len(gpus)} named, and the bundle has {ranks} ranks; name one for each rank")
+    _require_common_load(bundle)
     sm = _one_sm(bundle, options)
     files, links = {}, {}
     for rank in range(ranks):
@@ -204,6 +205,30 @@ def _ranks_plan(bundle: Bundle, model: str, options: PackageOptions, ranks: int)
     engines = tuple(e for e in manifest.engines if e.sm == sm)
     notes = (*needs, *_versions(engines), *_notes(manifest))
     return _finish(bundle, model, "tensorrt", files, links, (head, tail), notes, options)
+
+
+def _require_common_load(bundle: Bundle) -> None:
+    """A client sees what rank 0 says of its buckets, so that must be about the buckets of all ranks.
+
+    Raises:
+        BundleError: it is not, and a void answer would look like a good one.
+    """
+    name = next((spec.name for spec in bundle.manifest.io.outputs if spec.role == "load"), None)
+    if name is None:
+        return
+    import onnx
+
+    graph = onnx.load(bundle.model_path, load_external_data=False).graph
+    made_by = {output: node for node in graph.node for output in node.output}
+    node = made_by.get(name)
+    while node is not None and node.op_type in ("Cast", "Identity", "Reshape"):
+        node = made_by.get(node.input[0])
+    if node is None or node.op_type != "DistCollective":
+        raise BundleError(
+            f"bundle {bundle.path}: the output {name!r} is of one rank's buckets only, and Triton returns "
+            "rank 0's; "
+            "build it again"
+        )
 
 
 def _one_sm(bundle: Bundle, options: PackageOptions) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import google.protobuf.text_format as text_format
+import onnx
 from tritonclient.grpc import model_config_pb2
 
 from moe_export.bundle import BundleWriter
@@ -35,10 +36,15 @@ def engine(file: str, sm: int = 89, profiles: tuple[str, ...] = ("all",)) -> Eng
     return EngineFile(file, sm, "tensorrt", "11.4.0.106", "580", profiles, 12, {"MatMul": 12}, 100, 200, 1.5)
 
 
-def tensorrt_bundle(folder: Path, *engines: EngineFile, **changes: Any) -> Path:
+def tensorrt_bundle(
+    folder: Path, *engines: EngineFile, model: onnx.ModelProto | None = None, **changes: Any
+) -> Path:
     """A bundle of target tensorrt whose plans hold their own names."""
     with BundleWriter(folder) as writer:
         fill(writer.path)
+        if "expert_parallel" in changes:
+            (writer.path / "rank0").mkdir()
+            onnx.save(model or load_model("Cast"), writer.path / "rank0/model.onnx")
         for entry in engines:
             file = writer.path / entry.file
             file.parent.mkdir(exist_ok=True)
@@ -48,10 +54,31 @@ def tensorrt_bundle(folder: Path, *engines: EngineFile, **changes: Any) -> Path:
         return writer.commit(make_manifest(**values))
 
 
+PLAIN_IO = ModelIO(
+    tuple(spec for spec in IO.inputs if spec.role != "capacity"),
+    tuple(spec for spec in IO.outputs if spec.role != "load"),
+)
+
+
+def load_model(*ops: str) -> onnx.ModelProto:
+    """A graph whose ``moe_max_load`` is the last of ``ops`` on ``raw``."""
+    values = ["raw", *(f"v{i}" for i in range(1, len(ops))), "moe_max_load"]
+    attributes: dict[str, dict[str, Any]] = {"Cast": {"to": onnx.TensorProto.INT32}}
+    nodes = [
+        onnx.helper.make_node(op, [values[i]], [values[i + 1]], **attributes.get(op, {}))
+        for i, op in enumerate(ops)
+    ]
+    ends = values[0], values[-1]
+    first, last = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT32, [3]) for name in ends)
+    graph = onnx.helper.make_graph(nodes, "main", [first], [last])
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+
+
 def ranks_bundle(folder: Path, ranks: int = 4, sms: tuple[int, ...] = (89,), **changes: Any) -> Path:
     """One plan per rank and SM."""
     engines = [engine(f"rank{r}/model.sm{sm}.plan", sm) for r in range(ranks) for sm in sms]
-    values = {"expert_parallel": ExpertParallel(ranks, "allreduce"), **changes}
+    values = {"expert_parallel": ExpertParallel(ranks, "allreduce"), "model_file": "rank0/model.onnx",
+              "io": PLAIN_IO, **changes}  # fmt: skip
     return tensorrt_bundle(folder, *engines, **values)
 
 

@@ -12,7 +12,18 @@ from moe_export.errors import BundleError, EnvironmentLacksError, UsageError
 from moe_export.package import package_bundle
 from moe_export.schema import ExpertParallel
 
-from .samples import engine, expected, names, onnx_bundle, ranks_bundle, read_config, tensorrt_bundle
+from .samples import (
+    IO,
+    PLAIN_IO,
+    engine,
+    expected,
+    load_model,
+    names,
+    onnx_bundle,
+    ranks_bundle,
+    read_config,
+    tensorrt_bundle,
+)
 
 TENSORS = """
 max_batch_size: 0
@@ -26,6 +37,7 @@ output { name: "present.0.key" data_type: TYPE_BF16 dims: [ -1, 2, -1, 16 ] }
 output { name: "present.0.conv" data_type: TYPE_FP16 dims: [ -1, 24, 4 ] }
 output { name: "moe_max_load" data_type: TYPE_INT32 dims: [ 3 ] }
 """
+PLAIN_TENSORS = "\n".join(line for line in TENSORS.splitlines() if "moe_" not in line)
 PLANS = """
 name: "net" platform: "tensorrt_plan" backend: "tensorrt"
 cc_model_filenames { key: "8.9" value: "model.sm89.plan" }
@@ -68,8 +80,8 @@ def test_one_profile_needs_no_name_and_gpus_can_be_chosen(tmp_path: Path) -> Non
 def test_a_plan_for_each_rank(tmp_path: Path) -> None:
     made = package_bundle(ranks_bundle(tmp_path / "net"), tmp_path / "repository")
     config = read_config(made.path, "net")
-    assert config == expected(RANKS + TENSORS)
-    assert config != expected(RANKS.replace("0,1,2,3", "0,1,2") + TENSORS)
+    assert config == expected(RANKS + PLAIN_TENSORS)
+    assert config != expected(RANKS.replace("0,1,2,3", "0,1,2") + PLAIN_TENSORS)
     folder = made.path / "net/1"
     for rank in range(4):
         assert (folder / f"model.plan.rank{rank}").read_text() == f"plan rank{rank}/model.sm89.plan"
@@ -112,10 +124,19 @@ def test_bundles_that_do_not_fit(
     assert not (tmp_path / "repository").exists()
 
 
+def test_rank_0_must_speak_of_the_buckets_of_all_ranks(tmp_path: Path) -> None:
+    common = load_model("Cast", "DistCollective", "Cast")
+    made = package_bundle(ranks_bundle(tmp_path / "net", io=IO, model=common), tmp_path / "repository")
+    assert read_config(made.path, "net") == expected(RANKS + TENSORS)
+    own = load_model("DistCollective", "Neg")
+    with pytest.raises(BundleError, match="one rank's buckets"):
+        package_bundle(ranks_bundle(tmp_path / "own", io=IO, model=own), tmp_path / "other")
+
+
 def test_ranks_with_two_profiles_are_refused(tmp_path: Path) -> None:
     engines = [engine(f"rank{r}/model.plan", 89, ("decode", "prefill")) for r in range(2)]
     parallel = ExpertParallel(2, "allreduce")
-    bundle = tensorrt_bundle(tmp_path / "net", *engines, expert_parallel=parallel)
+    bundle = tensorrt_bundle(tmp_path / "net", *engines, expert_parallel=parallel, io=PLAIN_IO)
     with pytest.raises(UsageError, match="one profile"):
         package_bundle(bundle, tmp_path / "repository")
 
