@@ -21,7 +21,7 @@ from moe_export.bundle import BundleWriter, open_bundle
 from moe_export.errors import EnvironmentLacksError, UsageError
 from moe_export.progress import NullProgress
 from tests.bundle.sample import child, make_bundle, names
-from tests.importer.test_hollow import saved
+from tests.export.test_by_reference import saved
 
 DATA = "model.onnx.data"
 

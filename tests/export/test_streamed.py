@@ -16,7 +16,7 @@ import torch
 
 from moe_export import build
 from moe_export.importer import hollow, streamed
-from tests.importer.test_hollow import saved
+from tests.export.test_by_reference import saved
 
 ROOT = Path(__file__).resolve().parents[2]
 
