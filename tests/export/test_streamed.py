@@ -17,8 +17,7 @@ import torch
 from moe_export import build
 from moe_export.importer import hollow, streamed
 from tests.export.test_by_reference import saved
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.tools import tool
 
 
 def numbers(folder: Path) -> dict[str, np.ndarray]:
@@ -104,10 +103,7 @@ def peak_above_libraries(source: Path, output: Path, weights: str) -> int:
 @pytest.mark.slow
 def test_a_build_holds_no_more_than_its_way_needs(tmp_path: Path) -> None:
     """Streamed: one expert at a time. Loaded: the source's weights, and one layer."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    from synthetic_checkpoint import write_checkpoint
-
-    weights = write_checkpoint(tmp_path / "source", CONFIG)
+    weights = tool("synthetic_checkpoint").write_checkpoint(tmp_path / "source", CONFIG)
     assert weights > 1_000_000_000
     streamed_peak = peak_above_libraries(tmp_path / "source", tmp_path / "streamed", "stream")
     layer = 8 * 3 * 1024 * 3584 * 4
