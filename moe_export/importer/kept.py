@@ -74,7 +74,7 @@ def quantized_decision(
             f"({bytes_text(sum(tensor.nbytes for tensor in kept.values()))}) and are scaled to float32 where "
             "they are used, those of an expert only when it has tokens. That is slower than float weights "
             "where the runtime converts float8 anew at every step, as ONNX Runtime's CPU provider does; "
-            "--weights load writes floats. "
+            "--weights stream writes floats. "
         )
     if len(kept) < found.tensors:
         if stored is None:
