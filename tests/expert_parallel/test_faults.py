@@ -99,6 +99,7 @@ def test_a_rank_that_is_killed_ends_all(tmp_path: Path, bundle: Path) -> None:
     assert gone(tmp_path)
 
 
+@pytest.mark.slow
 def test_rank_0_is_killed(tmp_path: Path, bundle: Path) -> None:
     done, seconds = disturbed(tmp_path, bundle, 0, signal.SIGKILL)
     assert done.code != 0 and "numbers" not in done.out
@@ -106,7 +107,7 @@ def test_rank_0_is_killed(tmp_path: Path, bundle: Path) -> None:
     assert gone(tmp_path)
 
 
-@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("rank", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_rank_that_stands_still_ends_all(tmp_path: Path, bundle: Path, rank: int) -> None:
     # One prompt on three ranks: ranks 1 and 2 have no row of their own, and rank 0 does not wait for them.
     # Three prompts make it wait for all.
@@ -121,7 +122,7 @@ def test_a_rank_that_stands_still_ends_all(tmp_path: Path, bundle: Path, rank: i
 
 
 @needs_plugin
-@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("rank", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_rank_that_stands_still_in_an_exchange_ends_all(tmp_path: Path, rank: int) -> None:
     """The others wait for it in the middle of a graph."""
     bundle = make_rank_bundle(tmp_path / "bundle", 3, "allreduce", exchange=True)
@@ -134,6 +135,7 @@ def test_a_rank_that_stands_still_in_an_exchange_ends_all(tmp_path: Path, rank: 
     assert gone(tmp_path)
 
 
+@pytest.mark.slow
 @needs_plugin
 def test_rank_0_stands_still_in_an_exchange(tmp_path: Path) -> None:
     bundle = make_rank_bundle(tmp_path / "bundle", 3, "allreduce", exchange=True)
@@ -160,6 +162,7 @@ if rank:"""
     assert gone(tmp_path)
 
 
+@pytest.mark.slow
 def test_rank_0_stands_still_without_a_run(tmp_path: Path, bundle: Path) -> None:
     """Then it shows no sign of life, and the others wait five time limits for one."""
     text = (
@@ -189,6 +192,7 @@ def test_a_rank_that_comes_too_late_ends_all(tmp_path: Path, bundle: Path) -> No
     assert done.seconds < LIMIT + SLACK
 
 
+@pytest.mark.slow
 def test_a_rank_that_ends_before_it_serves_ends_all(tmp_path: Path, bundle: Path) -> None:
     text = (
         "import sys\nfrom moe_export.runtime import launched, load, serve_rank\n"
@@ -202,6 +206,7 @@ def test_a_rank_that_ends_before_it_serves_ends_all(tmp_path: Path, bundle: Path
     assert done.seconds < LIMIT + SLACK
 
 
+@pytest.mark.slow
 def test_loading_takes_as_long_as_it_takes(tmp_path: Path) -> None:
     """A rank that works for longer than the limit says that it is alive."""
     bundle = make_rank_bundle(tmp_path / "bundle", 3, "allreduce")

@@ -106,7 +106,12 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
 @needs_mpi
 @pytest.mark.parametrize(
     ("mode", "ranks", "exchange"),
-    [("allreduce", 2, False), ("allreduce", 3, True), ("alltoall", 3, False), ("alltoall", 2, True)],
+    [
+        pytest.param("allreduce", 2, False, marks=pytest.mark.slow),
+        ("allreduce", 3, True),
+        pytest.param("alltoall", 3, False, marks=pytest.mark.slow),
+        ("alltoall", 2, True),
+    ],
 )
 def test_all_ways_to_run_give_what_one_rank_gives(
     tmp_path: Path, expected: dict[str, np.ndarray], mode: str, ranks: int, exchange: bool
@@ -131,7 +136,7 @@ def test_all_ways_to_run_give_what_one_rank_gives(
 
 
 @needs_mpi
-@pytest.mark.parametrize("mode", ["allreduce", "alltoall"])
+@pytest.mark.parametrize("mode", ["allreduce", pytest.param("alltoall", marks=pytest.mark.slow)])
 def test_the_command_line_prints_once(tmp_path: Path, mode: str) -> None:
     bundle = make_rank_bundle(tmp_path / "bundle", 2, mode)
     done = mpiexec(2, COMMAND, "run", bundle, "--prompt", "hello", "--max-new-tokens", "4", "--json")
@@ -144,7 +149,7 @@ def test_the_command_line_prints_once(tmp_path: Path, mode: str) -> None:
 
 
 @needs_mpi
-@pytest.mark.parametrize("mode", ["allreduce", "alltoall"])
+@pytest.mark.parametrize("mode", [pytest.param("allreduce", marks=pytest.mark.slow), "alltoall"])
 def test_verification_on_ranks(tmp_path: Path, mode: str) -> None:
     """Right graphs pass, and one wrong rank is found."""
     text = (
