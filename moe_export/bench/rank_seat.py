@@ -54,7 +54,7 @@ class RankSeat:
 
     def notes(self) -> list[str]:
         """One line per rank on its time and what it exchanged."""
-        return [MEMORY_NOTE, *(_text(use) for use in self.use())]
+        return [f"engine: {self._runner.session.rank_note}", MEMORY_NOTE, *(_text(u) for u in self.use())]
 
     def close(self) -> None:
         self._runner.close()

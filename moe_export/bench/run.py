@@ -84,6 +84,7 @@ def bench_bundle(
     ranked = needs_ranks(bundle)
     opened = open_bundle(bundle, trust=trust, progress=progress, rank=0 if ranked else None)
     manifest = opened.manifest
+    parallel = manifest.expert_parallel
     grid = make_grid(manifest, batch, sequence, decode_tokens, routing)
     each = threads
     # Ranks share the cores of a host; the others get as many threads as all ranks of this host together.
@@ -122,6 +123,7 @@ def bench_bundle(
                 "batch": list(batch), "sequence": list(sequence), "decode_tokens": decode_tokens,
                 "rounds": rounds, "warmup": warmup, "routing": list(routing), "threads": threads,
                 "seed": seed, "inputs": maker.described,
+                **({"ranks": parallel.ranks, "ep_mode": parallel.mode} if parallel is not None else {}),
             },
             order=tuple(e.info.name for e in contest.entries),
             contestants=tuple(e.info for e in contest.entries),

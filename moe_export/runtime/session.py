@@ -79,6 +79,7 @@ def load(
         opened = open_ranked(joined, bundle, local)
         session = Session(bundle, opened=opened, notes=joined.notes(threads))
         session.rank_use = opened.use
+        session.rank_note = joined.notes(threads)[0]
     session.load_seconds = time.perf_counter() - started
     return session
 
@@ -91,6 +92,7 @@ class Session:
         load_seconds: how long :func:`load` took, hash check included.
         notes: one line per thing worth knowing about how this bundle runs here.
         rank_use: what each rank did so far; None for a bundle of one rank.
+        rank_note: on how many ranks it runs and how they exchange; empty for a bundle of one rank.
     """
 
     def __init__(
@@ -116,6 +118,7 @@ class Session:
         vocabulary = manifest.text.vocab_size if manifest.text is not None else None
         self._checker = InputChecker(own_io(manifest.io), manifest.limits, vocabulary)
         self.rank_use: Callable[[], tuple[RankUse, ...]] | None = None
+        self.rank_note = ""
         self._opened: Opened | None = opened or open_engine(bundle, threads)
         self.notes: tuple[str, ...] = (*notes, *self._find_notes())
 

@@ -182,7 +182,10 @@ class _Verification:
         from .plan_session import PlanSession
         from .simulate import SimulatedSession
 
-        told = self.session.notes() if isinstance(self.session, (SimulatedSession, PlanSession)) else []
+        if isinstance(self.session, (SimulatedSession, PlanSession)):
+            told = self.session.notes()
+        else:
+            told = [self.session.rank_note] if self.session.rank_note else []
         told = [*told, *([self.session.merged_note] if isinstance(self.session, MergedSession) else [])]
         return ParityReport(
             passed=passed,

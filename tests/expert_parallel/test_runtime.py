@@ -158,12 +158,13 @@ def test_verification_on_ranks(tmp_path: Path, mode: str) -> None:
         "if launched().rank:\n    serve_rank(sys.argv[1])\n    sys.exit()\n"
         "reference = TinyReference(TinyWeights.make(0))\n"
         "report = verify_bundle(sys.argv[1], against=reference, force_routing=True)\n"
-        "print(report.passed, len(report.cases))\n"
+        "print(report.passed, len(report.cases), report.notes[0], sep='\\n')\n"
     )
     bundle = make_rank_bundle(tmp_path / "bundle", 2, mode)
     done = mpiexec(2, *script(tmp_path, "verify", text), bundle)
     assert done.code == 0, done.err
-    passed, cases = done.out.split()
+    passed, cases, note = done.out.splitlines()
+    assert note.startswith(f"2 ranks on 1 host(s), exchange {mode}")
     assert passed == "True" and int(cases) > 5
     if mode == "alltoall":
         wrong = make_tiny_bundle(tmp_path / "wrong", broken="expert_swapped")
@@ -228,7 +229,8 @@ def test_benchmarks_on_ranks(tmp_path: Path) -> None:
     notes = " ".join(report["notes"])
     assert re.search(r"rank 0 \(.*\): \d+ runs, .* s in its graphs", notes)
     assert re.search(r"rank 1 \(.*\): \d+ runs, .* s in its graphs", notes)
-    assert "2 ranks on 1 host(s), exchange alltoall" in " ".join(report["contestants"][0]["notes"])
+    assert "engine: 2 ranks on 1 host(s), exchange alltoall" in notes
+    assert (report["settings"]["ranks"], report["settings"]["ep_mode"]) == (2, "alltoall")
     assert report["contestants"][0]["peak_rss"] > 1 << 24
 
 
