@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 
 import click
 
+from moe_export.errors import UsageError
 from moe_export.runtime.launch import DEFAULT_TIMEOUT, TIMEOUT_VARIABLE, launched
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -50,7 +51,8 @@ def ranked_command(path: str) -> Callable[[Decorated], Decorated]:
 def _driving(path: str | Path, *, trust: bool, threads: int | None) -> Iterator[bool]:
     """Whether this process goes on with the command. A worker serves first, and then has nothing to do.
 
-    What ends rank 0 before it has loaded the bundle is told to the workers.
+    What rank 0 does before it loads the bundle may take long; what ends it there is told to the
+    workers.
     """
     if launched().rank:
         from moe_export.runtime.serving import serve_rank
@@ -58,14 +60,21 @@ def _driving(path: str | Path, *, trust: bool, threads: int | None) -> Iterator[
         serve_rank(path, trust=trust, threads=threads)
         yield False
         return
-    try:
+    if launched().size == 1:
         yield True
-    except BaseException as error:
-        if launched().size > 1:
-            from moe_export.runtime.joining import refuse_ranks
+        return
+    from moe_export.runtime.joining import refuse_ranks
+    from moe_export.runtime.launch import timeout_seconds
+    from moe_export.runtime.ranks import connect
 
-            refuse_ranks(path, error, None)
+    try:
+        # What comes before the bundle is loaded may take long, too.
+        with connect(timeout_seconds(None)).alive():
+            yield True
+    except BaseException as error:
+        refuse_ranks(path, error, None)
         raise
+    refuse_ranks(path, UsageError("rank 0 did not load the bundle"), None)
 
 
 def refuse_other_command(name: str) -> str:

@@ -10,6 +10,7 @@ import click
 from moe_export.cli.options import Assignment, common_options, json_option, quiet_option, read_text
 from moe_export.cli.ranks import ranked_command
 from moe_export.errors import UsageError
+from moe_export.runtime.launch import launched
 
 if TYPE_CHECKING:
     from moe_export.verify.result import ParityReport
@@ -69,6 +70,8 @@ def command(
     from moe_export.cli.progress import console_progress
     from moe_export.verify.runner import verify_bundle
 
+    if simulate and launched().size > 1:
+        raise UsageError("--simulate runs in one process; start it without mpiexec")
     text = None if text_file is None else read_text(text_file)
     with console_progress(quiet) as progress:
         report = verify_bundle(

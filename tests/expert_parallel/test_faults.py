@@ -207,6 +207,29 @@ def test_a_rank_that_ends_before_it_serves_ends_all(tmp_path: Path, bundle: Path
 
 
 @pytest.mark.slow
+def test_what_comes_before_loading_takes_as_long_as_it_takes(bundle: Path, tmp_path: Path) -> None:
+    text = (
+        "import sys, time\nfrom moe_export.cli import run_command\nfrom moe_export.cli.main import run\n"
+        "read = run_command._read_npz\n"
+        "def slow(path):\n    time.sleep(6)\n    return read(path)\n"
+        "run_command._read_npz = slow\n"
+        "sys.argv = ['moe-export', 'run', *sys.argv[1:]]\nrun()\n"
+    )
+    np.savez(tmp_path / "in.npz", input_ids=np.array([[1, 2, 3]]))
+    words = ("--inputs", tmp_path / "in.npz", "--outputs", tmp_path / "out.npz", "-q")
+    done = mpiexec(3, *script(tmp_path, "slow", text), bundle, *words, MOE_EXPORT_EP_TIMEOUT="2")
+    assert (done.code, done.err) == (0, "")
+    assert done.seconds > 6
+    with np.load(tmp_path / "out.npz") as file:
+        assert file["logits"].shape == (1, 3, 259)
+
+
+def test_a_simulation_is_for_one_process(bundle: Path) -> None:
+    done = mpiexec(3, COMMAND, "verify", bundle, "--simulate")
+    check(done, "--simulate runs in one process; start it without mpiexec")
+
+
+@pytest.mark.slow
 def test_loading_takes_as_long_as_it_takes(tmp_path: Path) -> None:
     """A rank that works for longer than the limit says that it is alive."""
     bundle = make_rank_bundle(tmp_path / "bundle", 3, "allreduce")

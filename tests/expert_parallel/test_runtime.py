@@ -176,6 +176,25 @@ def test_verification_on_ranks(tmp_path: Path, mode: str) -> None:
 
 
 @needs_mpi
+def test_requests_of_several_threads(tmp_path: Path) -> None:
+    """Their steps mix, and each gets its own answer."""
+    if cpu_plugin_problem():
+        pytest.skip("needs the CPU plugin")
+    bundle = make_rank_bundle(tmp_path / "bundle", 2, "alltoall", exchange=True)
+    text = (
+        "import sys\nfrom concurrent.futures import ThreadPoolExecutor\n"
+        "from moe_export.runtime import launched, load, serve_rank\n"
+        "if launched().rank:\n    serve_rank(sys.argv[1])\n    sys.exit()\n"
+        "prompts = ['a', 'second prompt', ['two', 'of them'], 'x y z'] * 2\n"
+        "def answer(prompt):\n    return session.generate(prompt, max_new_tokens=12).token_ids\n"
+        "with load(sys.argv[1]) as session:\n    alone = [answer(prompt) for prompt in prompts]\n"
+        "    with ThreadPoolExecutor(4) as pool:\n        print(list(pool.map(answer, prompts)) == alone)\n"
+    )
+    done = mpiexec(2, *script(tmp_path, "threads", text), bundle)
+    assert (done.code, done.out, done.err) == (0, "True\n", "")
+
+
+@needs_mpi
 def test_what_fails_on_all_ranks_alike_ends_none(tmp_path: Path) -> None:
     if cpu_plugin_problem():
         pytest.skip("needs the CPU plugin")
