@@ -219,6 +219,11 @@ class ExpertParallel:
     """Additional slots per MoE layer that hold replicas of its busiest experts."""
     layers: tuple[LayerPlacement, ...] = ()
 
+    @property
+    def senders(self) -> int:
+        """How many ranks send one rank the tokens of sequences of their own; 1 where every rank has all."""
+        return self.ranks if self.mode == "alltoall" else 1
+
     def folder(self, rank: int) -> str:
         """Where the files of ``rank`` lie in the bundle."""
         return f"rank{rank}"

@@ -102,7 +102,10 @@ class CapacityRunner:
         limits = manifest.limits
         if limits.max_batch is None or limits.max_sequence is None:
             return cls(manifest.moe_layers)
-        return cls(manifest.moe_layers, limits.max_batch * limits.max_sequence)
+        senders = manifest.expert_parallel.senders if manifest.expert_parallel is not None else 1
+        # A rank without a sequence of its own repeats one.
+        batch = -(-limits.max_batch // senders) * senders
+        return cls(manifest.moe_layers, batch * limits.max_sequence)
 
     @property
     def use(self) -> CapacityUse:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from moe_export.backends.trt.choice import usable_engine
 from moe_export.backends.trt.device import DeviceArray
+from moe_export.backends.trt.nccl import Nccl
 from moe_export.backends.trt.runner import PlanRunner
 from moe_export.bundle.reader import Bundle
 from moe_export.errors import InputError
@@ -40,36 +41,38 @@ class Runner(Protocol):
 
     def run(self, inputs: Mapping[str, DeviceArray]) -> dict[str, DeviceArray]: ...
 
+    def set_communicator(self, nccl: Nccl, address: int) -> None: ...
 
-def open_gpu_engine(bundle: Bundle, largest: Callable[[int], int] | None = None) -> GpuEngine:
+    def close(self) -> None: ...
+
+
+def open_gpu_engine(bundle: Bundle) -> GpuEngine:
     """The plan of a bundle (of several ranks: of the bundle's rank) that fits the GPU here.
-
-    ``largest``: see :class:`GpuEngine`.
 
     Raises:
         EnvironmentLacksError: no GPU, driver or library that runs it. BundleError: no plan, or one of another
         version.
     """
     engine = usable_engine(bundle.rank_manifest, str(bundle.path))
-    io = bundle.manifest.io
+    io, parallel = bundle.manifest.io, bundle.manifest.expert_parallel
     dtypes = {spec.name: numpy_dtype(spec.dtype) for spec in (*io.inputs, *io.outputs)}
-    runner = PlanRunner(bundle.path / engine.file, engine, io, dtypes)
-    return GpuEngine(bundle.manifest, runner, largest)
+    ranks = 1 if parallel is None else parallel.ranks
+    return GpuEngine(bundle.manifest, PlanRunner(bundle.path / engine.file, engine, io, dtypes, ranks))
 
 
 class GpuEngine:
-    """Runs a plan, with buckets as large as its tokens need."""
+    """Runs a plan, with buckets as large as its tokens need.
+
+    Plans of several ranks give one load, the largest of all, so that all ranks run again or none does.
+    """
 
     shared_cache = False
     rows_apart = False
 
-    def __init__(
-        self, manifest: Manifest, runner: Runner, largest: Callable[[int], int] | None = None
-    ) -> None:
-        """``largest``: of several ranks, the largest load over all of them, so that all run again or none."""
-        io = manifest.io
+    def __init__(self, manifest: Manifest, runner: Runner) -> None:
+        io, parallel = manifest.io, manifest.expert_parallel
         self._runner = runner
-        self._largest = largest
+        self._senders = 1 if parallel is None else parallel.senders
         self._io = io
         self._buckets = bucket_io(io)
         self._capacities = CapacityRunner.of(manifest)
@@ -96,11 +99,19 @@ class GpuEngine:
         def execute(capacity: int) -> tuple[dict[str, DeviceArray], int]:
             marker = self.put(name, np.zeros(capacity, np.int32))
             results = self._runner.run({**inputs, name: marker})
-            load = load_of(self.take(results[output]))
-            return results, load if self._largest is None else self._largest(load)
+            return results, load_of(self.take(results[output]))
 
         shapes = {key: array.shape for key, array in inputs.items()}
-        return self._capacities.run(count_tokens(self._io, shapes), execute)
+        # To a rank's experts all senders send, each as many tokens as there are here.
+        return self._capacities.run(count_tokens(self._io, shapes) * self._senders, execute)
+
+    def set_communicator(self, nccl: Nccl, address: int) -> None:
+        """Let the plan exchange with those of other ranks. See :meth:`PlanRunner.set_communicator`."""
+        self._runner.set_communicator(nccl, address)
+
+    def close(self) -> None:
+        """Leave the other ranks."""
+        self._runner.close()
 
     def put(self, name: str, array: Any) -> DeviceArray:
         """An input's value on the GPU."""

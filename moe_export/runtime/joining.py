@@ -16,7 +16,8 @@ from moe_export.errors import BundleError, MoeExportError, UsageError
 from moe_export.files import sha256_file
 from moe_export.runtime.launch import launched, mpiexec_command, timeout_seconds
 from moe_export.runtime.ranks import Ranks, connect, connected, problems_text
-from moe_export.schema import ExpertParallel
+from moe_export.schema import ExpertParallel, Manifest
+from moe_export.sms import GPU_TARGETS
 
 DRIVE, SERVE = "drive", "serve"
 """What a process is there for: rank 0 drives, the others serve it."""
@@ -33,6 +34,18 @@ class Joined:
     def threads(self, given: int | None) -> int | None:
         """Threads of this rank: what was given, or its cores divided by the ranks that share them."""
         return given if given is not None else max(default_threads() // self._sharers(), 1)
+
+    def choose_gpu(self, manifest: Manifest) -> None:
+        """For a bundle of plans: let this rank see a GPU of its own, one after the other on each host.
+
+        Raises:
+            EnvironmentLacksError: the host shows fewer GPUs than it has ranks.
+        """
+        if manifest.target in GPU_TARGETS:
+            from moe_export.backends.trt.nccl import choose_gpu
+
+            hosts = [status["host"] for status in self.statuses]
+            choose_gpu(hosts[: self.ranks.rank].count(hosts[self.ranks.rank]))
 
     def notes(self, given: int | None) -> list[str]:
         """Lines that a user should know."""

@@ -14,6 +14,7 @@ from moe_export.bundle.reader import Bundle
 from moe_export.runtime.capacity import CapacityUse
 from moe_export.runtime.engine import Engine, check_declared
 from moe_export.runtime.gpu import GpuStepper, NoTraces, open_gpu_engine
+from moe_export.runtime.gpu_ranks import SetCommunicator
 from moe_export.runtime.plugin import runs_with_plugin
 from moe_export.runtime.stepping import CachedStepper, RunsWhole, Stepper
 from moe_export.runtime.traced import TracedEngines
@@ -42,31 +43,29 @@ class ShowsRouting(Protocol):
 @dataclass(frozen=True)
 class Opened:
     """``stepper``: a new KV-cached stepper for so many sequences; only for engines with a cache.
-    ``capacity_use``: see :attr:`Session.capacity_use`. ``close``: frees what is not freed by itself."""
+    ``capacity_use``: see :attr:`Session.capacity_use`. ``close``: frees what is not freed by itself.
+    ``set_communicator``: of an engine that exchanges through NCCL; None: of another."""
 
     engine: RunsWhole
     traced: ShowsRouting
     stepper: Callable[[int], Stepper]
     capacity_use: Callable[[], CapacityUse | None]
     close: Callable[[], None]
+    set_communicator: SetCommunicator | None = None
 
 
-def open_engine(
-    bundle: Bundle, threads: int | None, *, largest: Callable[[int], int] | None = None
-) -> Opened:
-    """The engine of a bundle in this process.
-
-    ``largest``: of a rank whose engine has buckets, the largest number over all ranks, so that all run alike.
-    """
+def open_engine(bundle: Bundle, threads: int | None) -> Opened:
+    """The engine of a bundle in this process."""
     manifest = bundle.manifest
     if manifest.target in GPU_TARGETS:
-        gpu = open_gpu_engine(bundle, largest)
+        gpu = open_gpu_engine(bundle)
         return Opened(
             gpu,
             NoTraces(),
             lambda batch: GpuStepper(gpu, manifest.io.inputs, manifest.limits, batch),
             lambda: gpu.capacity_use,
-            _nothing,
+            gpu.close,
+            gpu.set_communicator,
         )
     model = bundle.model_path
     session = create_session(model, threads=threads, plugin=runs_with_plugin(manifest))

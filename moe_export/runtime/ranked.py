@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from moe_export.bundle.reader import Bundle
 from moe_export.errors import InputError, MoeExportError
+from moe_export.runtime.gpu_ranks import connect_gpus
 from moe_export.runtime.inputs import check_sequence
 from moe_export.runtime.joining import Joined
 from moe_export.runtime.opened import Opened, ShowsRouting
@@ -51,15 +52,18 @@ class RankUse:
 class RankWork:
     """This rank's own part: counts runs and their time."""
 
-    def __init__(self, ranks: Ranks, exchange_use: Callable[[], dict[str, float]]) -> None:
+    def __init__(self, ranks: Ranks, exchange_use: Callable[[], dict[str, float]], local: Opened) -> None:
         self._ranks = ranks
+        self._unlimited = local.set_communicator is not None
         self._exchange_use = exchange_use
         self._runs, self._seconds = 0, 0.0
 
     def timed(self, work: Callable[[], dict[str, Array]]) -> dict[str, Array]:
         """The result of ``work``, a run of a graph."""
         began = time.perf_counter()
-        result = work()
+        # MPI's exchanges in a graph have a limit each; NCCL's have none.
+        with self._ranks.watched("a run") if self._unlimited else contextlib.nullcontext():
+            result = work()
         self._runs += 1
         self._seconds += time.perf_counter() - began
         return result
@@ -83,14 +87,16 @@ class RankWork:
 class RankedOpened(Opened):
     """``use``: what each rank did, in the order of ranks."""
 
-    use: Callable[[], tuple[RankUse, ...]]
+    use: Callable[[], tuple[RankUse, ...]] = tuple
 
 
-def connect_graphs(ranks: Ranks, manifest: Manifest) -> Callable[[], dict[str, float]]:
+def connect_graphs(ranks: Ranks, manifest: Manifest, local: Opened) -> Callable[[], dict[str, float]]:
     """Let the graphs of all ranks exchange values. All ranks call this.
 
     Returns: what reads how much was exchanged so far.
     """
+    if local.set_communicator is not None:
+        connect_gpus(ranks, local.set_communicator)
     if manifest.target != "onnxruntime":
         return dict
     from moe_export.backends.onnxruntime.exchange import connect_exchange, exchange_use
@@ -108,7 +114,7 @@ def open_ranked(meeting: Joined, bundle: Bundle, local: Opened) -> RankedOpened:
     manifest, ranks = bundle.manifest, meeting.ranks
     divided = meeting.parallel.mode == "alltoall"
     ranks.together(lambda: check_rows_lead(manifest.io, str(bundle.path)) if divided else None)
-    work = RankWork(ranks, connect_graphs(ranks, manifest))
+    work = RankWork(ranks, connect_graphs(ranks, manifest, local), local)
     driver = Driver(ranks, divided, work)
     traced: ShowsRouting = local.traced
     if isinstance(traced, TracedEngines):
@@ -118,9 +124,14 @@ def open_ranked(meeting: Joined, bundle: Bundle, local: Opened) -> RankedOpened:
         traced=traced,
         stepper=lambda batch: RankedStepper(driver, local, manifest.limits, batch),
         capacity_use=local.capacity_use,
-        close=driver.close,
+        close=lambda: _close(driver, local),
         use=driver.use,
     )
+
+
+def _close(driver: Driver, local: Opened) -> None:
+    driver.close()
+    local.close()
 
 
 class Driver:

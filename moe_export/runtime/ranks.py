@@ -162,10 +162,6 @@ class Ranks:
         self.send(others, {"all": everything}, {})
         return everything
 
-    def largest(self, value: int) -> int:
-        """The largest of all ranks' numbers. All ranks call this."""
-        return max(int(given["value"]) for given in self.exchange({"value": int(value)}))
-
     def together(self, work: Callable[[], Result]) -> Result:
         """Do ``work`` here while the other ranks do theirs; it may take long. All ranks call this.
 
@@ -188,6 +184,19 @@ class Ranks:
             kind = EnvironmentLacksError if codes[0] == EnvironmentLacksError.exit_code else BundleError
             raise kind(problem) from failure
         return result  # type: ignore[return-value] # None only where work() returns None
+
+    @contextlib.contextmanager
+    def watched(self, what: str) -> Iterator[None]:
+        """End all ranks when the block takes longer than this rank's patience: for calls that wait for other
+        ranks and know no limit of their own."""
+        text = f"{what} took longer than {self.patience:.0f} s (time limit {self.timeout:g} s)"
+        timer = threading.Timer(self.patience, self.abort, [text])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def abort(self, text: str) -> NoReturn:
         """Say what happened in one line, and end all ranks."""

@@ -45,14 +45,16 @@ def serve_rank(
 
     def work() -> tuple[Bundle, Opened]:
         bundle = open_bundle(path, trust=trust, rank=ranks.rank)
-        return bundle, open_engine(bundle, meeting.threads(threads), largest=ranks.largest)
+        meeting.choose_gpu(bundle.manifest)
+        return bundle, open_engine(bundle, meeting.threads(threads))
 
     bundle, local = ranks.together(work)
     divided = meeting.parallel.mode == "alltoall"
     ranks.together(lambda: check_rows_lead(bundle.manifest.io, str(path)) if divided else None)
-    own = RankWork(ranks, connect_graphs(ranks, bundle.manifest))
+    own = RankWork(ranks, connect_graphs(ranks, bundle.manifest, local), local)
     try:
         _Server(meeting, local, own).serve()
+        local.close()
     except BaseException as error:  # Whatever ends this rank: the others would wait for it.
         ranks.abort(str(error) or f"{type(error).__name__} while it served")
 

@@ -73,7 +73,8 @@ def load(
 
         def work() -> tuple[Bundle, Opened]:
             bundle = open_bundle(path, trust=trust, rank=0)
-            return bundle, open_engine(bundle, joined.threads(threads), largest=joined.ranks.largest)
+            joined.choose_gpu(bundle.manifest)
+            return bundle, open_engine(bundle, joined.threads(threads))
 
         bundle, local = joined.ranks.together(work)
         opened = open_ranked(joined, bundle, local)

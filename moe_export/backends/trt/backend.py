@@ -14,19 +14,21 @@ from moe_export.errors import EnvironmentLacksError, UsageError
 from moe_export.passes import trt_moe
 from moe_export.passes.base import PassContext
 from moe_export.passes.dist_collectives import collective_names
-from moe_export.schema import Decision, EngineFile, Limits, to_json
+from moe_export.schema import Decision, EngineFile, ExpertParallel, Limits, to_json
 from moe_export.sms import check_dtype, check_sms, sms_of
 
 from ...schema import DTYPES
 from ..base import MODEL_FILE, Backend, LayerSize, Plans, write_onnx
-from . import build_engine
+from . import build_engine, build_ranks
 from .child import run_builder
 from .kernels import check_plugin_sizes, write_plugin_kernels
 from .library import DRIVER, INSTALL, MODULES, library_problem, library_version
 from .machine import plugin_sms
 from .profiles import Profile, make_profiles
 
-SCRIPT = "build_engine.py"
+SCRIPT = build_engine.SCRIPT
+FIRST_COLLECTIVE_SM = 80
+"""From NVIDIA's documentation of multi-device inference."""
 MOST_TOP_K = 3840
 """TensorRT's TopK takes no larger K."""
 
@@ -63,6 +65,8 @@ class TensorRtBackend(Backend):
         check_dtype(self.name, str(options.get("dtype", "float32")), sms, DTYPES)
         if options.get("expert_lowering") == "plugin":
             self._check_plugin(sms)
+        if int(options.get("ep") or 1) > 1:
+            _check_ranks(sms, options)
         if options.get("native_lowering") == trt_moe.LOWERING:
             _check_trt_moe(sms, str(options.get("dtype", "float32")))
         return {
@@ -115,13 +119,18 @@ class TensorRtBackend(Backend):
     def _write(self, context: PassContext, folder: Path) -> Plans:
         options = context.options
         sms = tuple(int(n) for n in options["sm"])
+        plan: ExpertParallel | None = options.get("expert_parallel")
         limits = Limits(options["max_batch"], options["max_sequence"])
-        profiles = make_profiles(context.io, limits, split=self._needs_gpu)
+        # Of several ranks Triton runs plans of one profile only.
+        profiles = make_profiles(context.io, limits, split=self._needs_gpu and plan is None, parallel=plan)
         write_onnx(context, folder)
         # Standard TensorRT takes the kernels into the plan; RTX has no such plugins.
         usual = math.prod(next(iter(profiles[-1].shapes.values()))[1])
         plugins = write_plugin_kernels(context, folder, sms, usual if self._needs_gpu else None)
         recipe = self._recipe(context, sms, profiles) | plugins
+        if plan is not None:
+            recipe |= {"rank": options["rank"], "evidence": f"../evidence/{folder.name}."}
+            (folder.parent / "evidence").mkdir(exist_ok=True)
         if names := collective_names(context.model):
             recipe["collectives"] = names
         if layers := trt_moe.count(context.model):
@@ -137,7 +146,9 @@ class TensorRtBackend(Backend):
         else:
             engines = ()
         shutil.copyfile(build_engine.__file__, folder / SCRIPT)
-        (folder / build_engine.RECIPE).write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
+        _write_json(folder / build_engine.RECIPE, recipe)
+        if plan is not None:
+            shutil.copyfile(build_ranks.__file__, folder.parent / SCRIPT)
         context.notes.append(self._left(sms, engines, lacks))
         return Plans(sms, engines, "needs-gpu-build")
 
@@ -163,6 +174,29 @@ class TensorRtBackend(Backend):
             "outputs": to_json(context.io.outputs),
             "plugins": [],
         }
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def _check_ranks(sms: tuple[int, ...], options: Mapping[str, Any]) -> None:
+    """Refuse what no plans of several ranks can be."""
+    if options.get("native_lowering") == trt_moe.LOWERING:
+        raise UsageError(
+            "native_lowering: trt_moe is for one rank: of several, most choices of a token lie elsewhere, "
+            "and no source says what TensorRT's MoE layer does with those; take auto"
+        )
+    if options.get("ep_overflow") == "error":
+        raise UsageError(
+            "ep_overflow: error is for target onnxruntime; blocks of a plan have room for every token, so "
+            "none overflows; leave out ep_overflow and ep_capacity_factor"
+        )
+    early = [sm for sm in sms if sm < FIRST_COLLECTIVE_SM]
+    if early:
+        raise UsageError(
+            f"ep: TensorRT exchanges between GPUs from SM{FIRST_COLLECTIVE_SM} on; leave out SM{early[0]}"
+        )
 
 
 def _check_trt_moe(sms: tuple[int, ...], dtype: str) -> None:

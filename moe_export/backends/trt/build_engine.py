@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-RECIPE = "build_engine.json"
+SCRIPT, RECIPE = "build_engine.py", "build_engine.json"
 _OLDEST = {"tensorrt": (10, 15), "tensorrt_rtx": (1, 7)}
 UNFINISHED = "no finished engine"
 """How the note of a bundle begins whose plans are still to be built."""
@@ -175,7 +175,7 @@ def build(recipe: dict[str, Any], folder: Path, trt: Any, sms: list[int]) -> lis
                 "fewer_profiles": fewer,
             }
         )
-        listed = folder / "evidence" / f"{name}.layers.json"
+        listed = folder / f"{recipe.get('evidence', 'evidence/')}{name}.layers.json"
         listed.parent.mkdir(exist_ok=True)
         listed.write_text(json.dumps(layers, indent=1) + "\n", encoding="utf-8")
         print(f"built {name}: {len(layers)} layers, {plan.nbytes} bytes", flush=True)
@@ -307,8 +307,8 @@ def _load_plugins(module: str, folder: Path, kernels: Path, trt: Any) -> Any:
     return loaded
 
 
-def finish_manifest(folder: Path, recipe: dict[str, Any], engines: list[dict[str, Any]]) -> None:
-    """Enter the plans into ``manifest.json``: it is ready when no plan is missing."""
+def finish_manifest(folder: Path, recipe: dict[str, Any], engines: list[dict[str, Any]]) -> bool:
+    """Enter the plans into ``manifest.json``; whether it is ready: no plan is missing, of no rank."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text(encoding="utf-8"))
     new = {engine["file"] for engine in engines}
@@ -321,22 +321,29 @@ def finish_manifest(folder: Path, recipe: dict[str, Any], engines: list[dict[str
         entries.append({"path": name, "size": (folder / name).stat().st_size, "sha256": digest.hexdigest()})
     others = [engine for engine in manifest["engines"] if engine["file"] not in new]
     manifest["files"] = sorted(entries, key=lambda entry: str(entry["path"]))
-    manifest["engines"] = sorted([*others, *engines], key=lambda engine: int(engine["sm"]))
-    built = {engine["sm"] for engine in manifest["engines"]}
-    ready = built >= set(recipe["sms"])
+    manifest["engines"] = sorted([*others, *engines], key=lambda e: (int(e.get("rank", 0)), int(e["sm"])))
+    built = {(engine.get("rank", 0), engine["sm"]) for engine in manifest["engines"]}
+    ranks = (manifest.get("expert_parallel") or {"ranks": 1})["ranks"]
+    ready = built >= {(rank, sm) for rank in range(ranks) for sm in recipe["sms"]}
     manifest["state"] = "ready" if ready else "needs-gpu-build"
     stamp = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     text = f"plans of {', '.join(sorted(new))} built by build_engine.py, {stamp}; not verified there"
     kept = [note for note in manifest["notes"] if not (ready and note.startswith(UNFINISHED))]
-    fewer = [f"SM{e['sm']}: {_fewer_text(e)}" for e in engines if e["fewer_profiles"]]
+    fewer = [
+        f"SM{e['sm']}: the plan has profile {', '.join(e['profiles'])} only: {e['fewer_profiles']}"
+        for e in engines if e["fewer_profiles"]]  # fmt: skip
+    kept = [note for note in kept if note not in fewer and not _told_again(note, new)]
     manifest["notes"] = [*kept, text, *fewer]
-    partial = folder / ".manifest.json.partial"
+    partial = folder / f".manifest.json.{os.getpid()}.partial"
     partial.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, path)
+    return ready
 
 
-def _fewer_text(engine: dict[str, Any]) -> str:
-    return f"the plan has profile {', '.join(engine['profiles'])} only: {engine['fewer_profiles']}"
+def _told_again(note: str, files: set[str]) -> bool:
+    """Whether a note of an earlier build speaks of no plan but these."""
+    head, built, _ = note.partition(" built by build_engine.py")
+    return bool(built) and set(head.removeprefix("plans of ").split(", ")) <= files
 
 
 def _one_line(text: str) -> str:
@@ -362,6 +369,9 @@ def main(arguments: list[str] | None = None) -> int:
         _die_with_parent()
     folder: Path = chosen.folder
     recipe = json.loads((chosen.recipe or folder / RECIPE).read_text(encoding="utf-8"))
+    if "rank" in recipe and chosen.result is None and not chosen.check:
+        print(f"error: rank {recipe['rank']} only; run {SCRIPT} in the bundle's folder", file=sys.stderr)
+        return 2
     try:
         trt, sms = check_machine(recipe)
     except CannotBuild as error:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,15 @@ _LEAST = 256
 """Bytes of the smallest buffer: TensorRT wants an address for tensors of no element, too."""
 
 
+_NOT_READY = 600
+"""cudaErrorNotReady: work is queued."""
+_SPIN = 0.002
+_NAP = 0.0002
+"""Seconds that a wait for other processes looks without a pause, and its pauses then."""
+
+
 class Stream:
-    """A CUDA stream of the first GPU, and memory in its order."""
+    """A CUDA stream of the first GPU that this process sees, and memory in its order."""
 
     def __init__(self) -> None:
         """
@@ -70,9 +78,42 @@ class Stream:
             self.wait()
         return made
 
-    def wait(self) -> None:
-        """Until everything queued is done."""
-        self._call("cudaStreamSynchronize", self._stream)
+    def wait(self, problem: Callable[[], str] | None = None) -> None:
+        """Until everything queued is done.
+
+        ``problem``: of work that waits for other processes, asked now and then; a text ends the wait.
+
+        Raises:
+            BundleError: there is a problem.
+        """
+        if problem is None:
+            self._call("cudaStreamSynchronize", self._stream)
+        else:
+            wait_until(self._done, problem)
+
+    def _done(self) -> bool:
+        (error,) = self._cuda.cudaStreamQuery(self._stream)
+        if int(error) == _NOT_READY:
+            return False
+        if int(error) != 0:
+            raise BundleError(f"CUDA: cudaStreamQuery failed: {error.name}")
+        return True
+
+
+def wait_until(done: Callable[[], bool], problem: Callable[[], str]) -> None:
+    """Poll ``done``: without a pause at first, since most runs are short.
+
+    Raises:
+        BundleError: ``problem`` says what is wrong.
+    """
+    began = time.monotonic()
+    while not done():
+        if time.monotonic() - began < _SPIN:
+            continue
+        wrong = problem()
+        if wrong:
+            raise BundleError(wrong)
+        time.sleep(_NAP)
 
 
 class DeviceArray:

@@ -54,6 +54,17 @@ def find_gpu() -> GpuFound | None:
     return GpuFound(sm, (version.value // 1000, version.value % 1000 // 10))
 
 
+def gpu_identity() -> str:
+    """What no other GPU anywhere has (the UUID) of the GPU here; empty without one."""
+    if gpu_sm() is None:
+        return ""
+    driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    device, found = ctypes.c_int(), (ctypes.c_ubyte * 16)()
+    if driver.cuDeviceGet(ctypes.byref(device), 0) or driver.cuDeviceGetUuid(found, device):
+        return ""
+    return bytes(found).hex()
+
+
 def build_lacks(target: str, sm: int | None = None) -> tuple[str, ...]:
     """What is missing here to build plans (for ``sm``), each with how to get it."""
     lacks = [f"building: {problem}"] if (problem := library_problem(target)) else []

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_export.errors import UsageError
-from moe_export.schema import Limits, ModelIO
+from moe_export.schema import ExpertParallel, Limits, ModelIO
 
 DEFAULT_BATCH = 4
 DEFAULT_SEQUENCE = 2048
@@ -77,8 +77,10 @@ def engine_limits(limits: Limits, *, asked: bool) -> Limits:
     return Limits(limits.max_batch or DEFAULT_BATCH, sequence if asked else min(sequence, DEFAULT_SEQUENCE))
 
 
-def make_profiles(io: ModelIO, limits: Limits, *, split: bool) -> tuple[Profile, ...]:
-    """Profiles for an engine with ``limits`` (both set).
+def make_profiles(
+    io: ModelIO, limits: Limits, *, split: bool, parallel: ExpertParallel | None = None
+) -> tuple[Profile, ...]:
+    """Profiles for an engine with ``limits`` (both set), or for one rank of it.
 
     ``split``: an engine over a KV cache gets two: ``decode`` (one new token after a past) and ``prefill``
     (any
@@ -89,11 +91,13 @@ def make_profiles(io: ModelIO, limits: Limits, *, split: bool) -> tuple[Profile,
     batch, longest = limits.max_batch, limits.max_sequence
     if batch is None or longest is None:
         raise UsageError("profiles need a largest batch and a largest sequence")
+    senders = parallel.senders if parallel is not None else 1
+    batch = -(-batch // senders)  # A rank's part of the sequences; to its experts all ranks send.
     usual = min(_USUAL_PREFILL, longest)
     grows = any("past" in spec.shape for spec in io.inputs)
     # A bucket of as many rows as there are tokens always suffices; the host asks for fewer.
     prefill = {
-        "capacity": (1, min(_USUAL_CAPACITY, batch * longest), batch * longest),
+        "capacity": (1, min(_USUAL_CAPACITY, batch * longest), batch * longest * senders),
         "batch": (1, 1, batch),
         "sequence": (1, usual, longest),
         "past": (0, 0, longest - 1),
@@ -101,7 +105,7 @@ def make_profiles(io: ModelIO, limits: Limits, *, split: bool) -> tuple[Profile,
     }
     middle = max(longest // 2, 1)
     decode = {
-        "capacity": (1, min(_USUAL_CAPACITY, batch), batch),
+        "capacity": (1, min(_USUAL_CAPACITY, batch), batch * senders),
         "batch": (1, 1, batch),
         "sequence": (1, 1, 1),
         "past": (0, middle - 1, longest - 1),

@@ -18,21 +18,31 @@ from .build_engine import make_logger
 from .device import DeviceArray, Stream
 from .kernels import FOLDER as KERNELS
 from .kernels import MODULE as PLUGIN_MODULE
+from .nccl import Nccl, capsule
 
 
 class PlanRunner:
     """One plan, one execution context, one stream. Runs of several threads follow each other."""
 
     def __init__(
-        self, path: Path, engine: EngineFile, io: ModelIO, dtypes: Mapping[str, np.dtype[Any]]
+        self,
+        path: Path,
+        engine: EngineFile,
+        io: ModelIO,
+        dtypes: Mapping[str, np.dtype[Any]],
+        ranks: int = 1,
     ) -> None:
-        """``dtypes``: of every input and output, as NumPy has them.
+        """``dtypes``: of every input and output, as NumPy has them. ``ranks``: of the bundle; several must
+        get a communicator before the first run.
 
         Raises:
             BundleError: TensorRT cannot read the plan.
         """
         trt: Any = importlib.import_module(engine.library)
         self.stream = Stream()
+        self._ranks, self._rank = ranks, engine.rank
+        self._nccl: Nccl | None = None
+        self._communicator = 0
         kernels = path.parent / KERNELS
         if kernels.is_dir():
             importlib.import_module(PLUGIN_MODULE).register(trt, kernels)
@@ -53,6 +63,27 @@ class PlanRunner:
         self._memory: DeviceArray | None = None
         self._lock = threading.Lock()
 
+    def set_communicator(self, nccl: Nccl, address: int) -> None:
+        """Let the plan exchange with the other ranks' plans through an NCCL communicator. All ranks call it
+        at once: it waits for them.
+
+        Raises:
+            BundleError: TensorRT refuses.
+        """
+        if not self._context.set_communicator(capsule(address)):
+            raise BundleError(
+                f"{self._label}: TensorRT refuses the NCCL communicator: {self._logger.last_words()}"
+            )
+        self._nccl, self._communicator = nccl, address
+
+    def close(self) -> None:
+        """Free this rank's end of the communicator, if it has one; the plan cannot run any more then."""
+        with self._lock:
+            nccl, self._nccl = self._nccl, None
+            if nccl is not None:
+                self._context = None
+                nccl.free(self._communicator)
+
     def to_device(self, name: str, array: Any) -> DeviceArray:
         """An input's value on the GPU, in the dtype that the plan reads."""
         return self.stream.to_device(np.asarray(array, self._dtypes[name]))
@@ -68,6 +99,12 @@ class PlanRunner:
             InputError: shapes that no profile of the plan has. BundleError: the run failed.
         """
         with self._lock:
+            if self._ranks > 1 and self._nccl is None:
+                # TensorRT would run it, and every rank would give its own part of the sums.
+                raise BundleError(
+                    f"{self._label} is of rank {self._rank} of {self._ranks}, which are not connected; start "
+                    f"all: mpiexec -n {self._ranks} moe-export run BUNDLE"
+                )
             self._choose_profile(inputs)
             context = self._context
             for name, array in inputs.items():
@@ -88,7 +125,8 @@ class PlanRunner:
                 context.set_tensor_address(spec.name, outputs[spec.name].pointer)
             if not context.execute_async_v3(self.stream.handle):
                 raise BundleError(f"{self._label}: the run failed: {self._logger.last_words()}")
-            self.stream.wait()
+            nccl = self._nccl
+            self.stream.wait(None if nccl is None else lambda: nccl.problem(self._communicator))
             return outputs
 
     def _choose_profile(self, inputs: Mapping[str, DeviceArray]) -> None:
