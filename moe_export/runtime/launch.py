@@ -50,6 +50,15 @@ def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if not name.startswith(_PREFIXES)}
 
 
+def ending(error: BaseException) -> str:
+    """What ended a rank, in words."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, SystemExit):
+        return "it was told to end"
+    return str(error) or type(error).__name__
+
+
 def timeout_seconds(given: float | None) -> float:
     """The time limit: what was given, else ``MOE_EXPORT_EP_TIMEOUT``, else 60 s.
 
