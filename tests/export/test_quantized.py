@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from moe_export import build
+from moe_export import build, export
 from moe_export.backends import get_backend
 from moe_export.errors import SourceError
 from moe_export.importer import hollow, referenced
@@ -147,6 +147,20 @@ def test_deepseeks_fp8_stays_as_it_is(dtype: str, tmp_path: Path) -> None:
     wanted, _ = engine(floats, tmp_path / "wanted", by_reference=False, opset=21)
     for a, b in zip(got, wanted, strict=True):
         assert np.array_equal(a, b) if dtype == "float32" else np.abs(a - b).max() < 0.05 * np.abs(b).max()
+
+
+@pytest.mark.slow
+def test_an_export_that_keeps_fp8_is_verified(tmp_path: Path) -> None:
+    """As a bundle, hashes and all; and another model's numbers are not taken for it."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96}
+    quantised, floats = checkpoints("mixtral", published.fp8((24, 40)), tmp_path, **sizes)
+    made = export(str(quantised), tmp_path / "made", weights="reference", opset=21)
+    assert "FLOAT8E4M3FN" in initializers(made).values()
+    assert verify_bundle(made, against=str(quantised)).passed
+    tensors = load_file(floats / "model.safetensors")
+    tensors["model.layers.1.self_attn.o_proj.weight"] *= np.float32(2)
+    save_file(tensors, floats / "model.safetensors", {"format": "pt"})
+    assert not verify_bundle(made, against=str(floats)).passed
 
 
 @pytest.mark.parametrize(
