@@ -136,11 +136,14 @@ def _fill(stream: Any, block: NDArray[np.uint8], path: Path) -> None:
 
 
 def _count(values: NDArray[Any], bits: _Bits, start: int, fault: _Fault) -> None:
-    """Add what one block holds. The usual block needs one masked comparison."""
+    """Add what one block holds. The usual block needs its largest value without signs."""
     import numpy as np
 
     kind = values.dtype.type
     if bits.exponent:
+        # The exponent is the highest but the sign: a number with all of it set is larger than any other.
+        if (values & kind((1 << (8 * values.itemsize - 1)) - 1)).max(initial=0) < bits.exponent:
+            return
         bad = (values & kind(bits.exponent)) == kind(bits.exponent)
     else:
         bad = np.isin(values, np.array(bits.nan, values.dtype))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SourceError, UnsupportedModelError
+from ..process_memory import give_back_memory
 from ..progress import Progress
 from .quantized import QuantizedWeights
 from .sources import LoadedSource, library_source, require_installed
@@ -78,6 +79,7 @@ def _load_whole(folder: Path, loader: Any, options: dict[str, Any]) -> Any:
     except Exception as error:  # safetensors, huggingface_hub and each model class raise their own
         raise SourceError(f"{folder}: transformers cannot load it: {_told(error)}") from error
     _refuse_incomplete(folder, loading)
+    give_back_memory()
     return model
 
 

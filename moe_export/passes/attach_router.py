@@ -40,6 +40,8 @@ class AttachRouter(Pass):
     name = "attach-router"
 
     def _run(self, context: PassContext) -> None:
+        import onnx_ir.passes.common as common
+
         layers = []
         chosen: tuple[Any, ...] | None = None
         for layer in context.layers:
@@ -64,6 +66,9 @@ class AttachRouter(Pass):
         context.layers = tuple(layers)
         if chosen is not None:
             context.model.graph.opset_imports[DOMAIN] = VERSION
+            # Once for all layers: both go over the whole graph.
+            common.RemoveUnusedNodesPass()(context.model)
+            attach_functions(context.model, context.model.graph.opset_imports[""])
 
     def _attach(
         self, context: PassContext, layer: MoELayer, variant: tuple[Any, ...] | None
@@ -193,7 +198,6 @@ def _replace(
     bias: ir.Value | None,
 ) -> None:
     import onnx_ir as ir
-    import onnx_ir.passes.common as common
 
     logits = name_value(model, logits, f"moe.{layer.index}.logits")
     producer = logits.producer()
@@ -212,8 +216,6 @@ def _replace(
         old.name, new.name = None, name
     model.graph.insert_after(producer, node)
     _promise_no_drops(node)
-    common.RemoveUnusedNodesPass()(model)
-    attach_functions(model, model.graph.opset_imports[""])
 
 
 def _promise_no_drops(router: ir.Node) -> None:
