@@ -21,6 +21,7 @@ from moe_export.errors import InputError, MoeExportError
 from moe_export.runtime.gpu_ranks import connect_gpus
 from moe_export.runtime.inputs import check_sequence
 from moe_export.runtime.joining import Joined
+from moe_export.runtime.launch import ending
 from moe_export.runtime.opened import Opened, ShowsRouting
 from moe_export.runtime.ranks import Ranks, is_shared
 from moe_export.runtime.rows import Deal, check_rows_lead, joined
@@ -180,7 +181,7 @@ class Driver:
             except BaseException as error:  # The others are in the middle of the same run, and would wait.
                 if isinstance(error, MoeExportError) and is_shared(error):
                     raise
-                ranks.abort(str(error) or f"{type(error).__name__} in the middle of a run")
+                ranks.abort(ending(error))
 
     def prepare(self, form: str, work: Callable[[], None]) -> None:
         """Have every rank load a form of the model that shows or takes routing."""

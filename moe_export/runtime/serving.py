@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from moe_export.bundle.reader import Bundle, open_bundle
 from moe_export.errors import MoeExportError
 from moe_export.runtime.joining import SERVE, Joined, join_ranks
+from moe_export.runtime.launch import ending
 from moe_export.runtime.opened import Opened, open_engine
 from moe_export.runtime.ranked import RankWork, connect_graphs, fed
 from moe_export.runtime.ranks import is_shared
@@ -56,7 +57,7 @@ def serve_rank(
         _Server(meeting, local, own).serve()
         local.close()
     except BaseException as error:  # Whatever ends this rank: the others would wait for it.
-        ranks.abort(str(error) or f"{type(error).__name__} while it served")
+        ranks.abort(ending(error))
 
 
 class _Server:

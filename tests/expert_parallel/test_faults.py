@@ -69,16 +69,18 @@ def check(done: Done, pattern: str, code: int = 2) -> None:
     assert done.seconds < LIMIT + 10 + SLACK
 
 
-def disturbed(folder: Path, bundle: Path, rank: int, act: int, text: str = LOOP) -> tuple[Done, float]:
-    """How a loop of generations ends after the process of ``rank`` got the signal ``act``, and after how many
-    seconds."""
+def disturbed(
+    folder: Path, bundle: Path, rank: int | None, act: int, text: str = LOOP
+) -> tuple[Done, float]:
+    """How a loop of generations ends after the process of ``rank`` (None: mpiexec) got the signal ``act``, and
+    after how many seconds."""
     process = start([*script(folder, "loop", text), bundle, folder], 3, MOE_EXPORT_EP_TIMEOUT=str(LIMIT))
     until = time.monotonic() + 60
     while not (folder / "running").exists():
         assert time.monotonic() < until and process.poll() is None, process.communicate()
         time.sleep(0.05)
     began = time.monotonic()
-    os.kill(int((folder / f"pid{rank}").read_text()), act)
+    os.kill(process.pid if rank is None else int((folder / f"pid{rank}").read_text()), act)
     done = finish(process)
     return done, time.monotonic() - began
 
@@ -96,6 +98,16 @@ def test_a_rank_that_is_killed_ends_all(tmp_path: Path, bundle: Path) -> None:
     assert done.code != 0 and "numbers" not in done.out
     assert seconds < SLACK, "the launcher notices by itself"
     assert "Killed (signal 9)" in done.out + done.err
+    assert gone(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("act", "said"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "Terminated")])
+def test_mpiexec_is_told_to_end(tmp_path: Path, bundle: Path, act: int, said: str) -> None:
+    done, seconds = disturbed(tmp_path, bundle, None, act)
+    assert done.code != 0 and "numbers" not in done.out
+    assert said in done.out + done.err and "Traceback" not in done.err
+    assert seconds < SLACK
     assert gone(tmp_path)
 
 
