@@ -72,8 +72,8 @@ def check(done: Done, pattern: str, code: int = 2) -> None:
 def disturbed(
     folder: Path, bundle: Path, rank: int | None, act: int, text: str = LOOP
 ) -> tuple[Done, float]:
-    """How a loop of generations ends after the process of ``rank`` (None: mpiexec) got the signal ``act``, and
-    after how many seconds."""
+    """How a loop of generations ends after the process of ``rank`` (None: mpiexec) got the signal ``act``,
+    and after how many seconds."""
     process = start([*script(folder, "loop", text), bundle, folder], 3, MOE_EXPORT_EP_TIMEOUT=str(LIMIT))
     until = time.monotonic() + 60
     while not (folder / "running").exists():
