@@ -92,7 +92,7 @@ def _save_source(folder: Path, options: argparse.Namespace) -> None:
 def _build(folder: Path, ranks: int, mode: str) -> None:
     import moe_export
 
-    parallel = {"ep": ranks, "ep_mode": mode} if ranks > 1 else {}
+    parallel: dict[str, Any] = {"ep": ranks, "ep_mode": mode} if ranks > 1 else {}
     moe_export.build(
         folder / "source", folder / f"{ranks}-{mode}", verify=False, bench=False, threads=1, **parallel
     )
