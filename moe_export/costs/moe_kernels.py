@@ -46,7 +46,8 @@ GPU_OF_SM = {
 
 @dataclass(frozen=True)
 class MoeShapes:
-    """One MoE layer and the tokens of one run. ``each`` token chooses ``top_k`` of ``experts``."""
+    """One MoE layer and the tokens of one run. ``each`` token chooses ``top_k`` of ``experts``; of a rank
+    that holds a part of the layer, ``top_k`` of ``routed_over``, of which ``experts`` are here."""
 
     tokens: int
     experts: int
@@ -57,6 +58,8 @@ class MoeShapes:
     dtype: str = "bfloat16"
     activation: str = "silu"
     biased: bool = False
+    routed_over: int = 0
+    """Experts of all ranks; 0: all are here."""
 
     def __post_init__(self) -> None:
         for name in ("experts", "top_k", "hidden", "inner"):
@@ -64,10 +67,15 @@ class MoeShapes:
                 raise UsageError(f"MoE layer: {name} is {getattr(self, name)}; expected 1 or more")
         if self.tokens < 0:
             raise UsageError(f"MoE layer: tokens is {self.tokens}; expected 0 or more")
-        if self.top_k > self.experts:
-            raise UsageError(f"MoE layer: top_k is {self.top_k}; expected at most experts, {self.experts}")
+        if self.top_k > self.everywhere:
+            raise UsageError(f"MoE layer: top_k is {self.top_k}; expected at most experts, {self.everywhere}")
         if self.dtype not in TILES["gate_up"]:
             raise UsageError(f"MoE layer: dtype {self.dtype!r}; {choices_text(self.dtype, TILES['gate_up'])}")
+
+    @property
+    def everywhere(self) -> int:
+        """Experts of all ranks."""
+        return max(self.routed_over, self.experts)
 
     @property
     def assignments(self) -> int:
@@ -90,8 +98,14 @@ class MoeShapes:
 
     @property
     def touched(self) -> float:
-        """Expected number of experts that at least one token chooses."""
-        return Popularity.uniform(self.experts, self.top_k).touched(self.tokens)
+        """Expected number of experts here that at least one token chooses."""
+        everywhere = Popularity.uniform(self.everywhere, self.top_k).touched(self.tokens)
+        return everywhere * self.experts / self.everywhere
+
+    def blocks(self, rows: int) -> float:
+        """Expected number of blocks of ``rows`` rows of one expert each."""
+        blocks = expected_blocks(self.tokens, self.top_k, self.everywhere, rows)
+        return blocks * self.experts / self.everywhere
 
 
 @dataclass(frozen=True)
@@ -180,14 +194,14 @@ def kernel_work(kernel: str, shapes: MoeShapes, tile: Tile) -> KernelWork:
             Work(t * s.experts * (10.0 + 4.0 * s.top_k), 0, 0, traffic), traffic, -(-t // tile.rows)
         )
     if kernel == "dispatch":
-        blocks = expected_blocks(t, s.top_k, s.experts, tile.rows)
+        blocks = s.blocks(tile.rows)
         cached = 2.0 * s.experts * m * 4 + blocks * (tile.rows + 1) * 4
         traffic = m * 4.0 + blocks * (tile.rows + 1) * 4
         return KernelWork(Work(12.0 * s.experts * m, 0, 0, traffic), cached, s.experts)
     if kernel in GEMMS:
         depth, out = (s.hidden, s.inner) if kernel == "gate_up" else (s.inner, s.hidden)
         wide = s.wide if kernel == "gate_up" else out
-        blocks = expected_blocks(t, s.top_k, s.experts, tile.rows)
+        blocks = s.blocks(tile.rows)
         across = -(-out // tile.columns)
         source = t if kernel == "gate_up" else m
         return KernelWork(
@@ -308,7 +322,7 @@ def native_work(shapes: MoeShapes, lowering: str) -> tuple[Work, str]:
     if lowering == "gather":
         matrices, compute = m, "float32"
     elif lowering == "buckets":
-        rows = float(s.experts * first_guess(s.tokens, s.top_k, s.experts)) if s.tokens else 0.0
+        rows = float(s.experts * first_guess(s.tokens, s.top_k, s.everywhere)) if s.tokens else 0.0
         matrices = float(s.experts)
     elif lowering == "dense":
         rows, matrices = float(s.experts * s.tokens), float(s.experts)
@@ -326,7 +340,7 @@ def refusals(shapes: MoeShapes, sm: int) -> dict[str, str]:
     found = {}
     if sm < 80:
         found["plugin"] = f"its kernels are compiled for SM80 and later, not for SM{sm}"
-    most = max(GATHER_TOKENS, shapes.experts // shapes.top_k)
+    most = max(GATHER_TOKENS, shapes.everywhere // shapes.top_k)
     if shapes.tokens > most:
         found["gather"] = f"for up to {most} tokens; each assignment reads its expert's matrices again"
     if sm not in TRT_MOE_SMS:

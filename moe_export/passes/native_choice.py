@@ -51,6 +51,7 @@ def shapes_of(form: NativeForm, tokens: int) -> MoeShapes:
         form.computed,
         str(given["activation"]),
         bool(given["biased"]),
+        form.routed_over,
     )
 
 
@@ -65,7 +66,7 @@ def threshold_of(form: NativeForm, sm: int) -> int:
     Near E/K: there the assignments read as many matrices as there are experts. Never beyond what TensorRT
     was seen to fuse.
     """
-    most = max(GATHER_TOKENS, form.experts // form.top_k)
+    most = max(GATHER_TOKENS, int(form.spread))
     few = [
         t
         for t in range(1, most + 1)
@@ -104,7 +105,7 @@ def choose(form: NativeForm, wanted: str, sms: Iterable[int], max_tokens: int | 
         "gather": f"slower above {threshold} tokens: each assignment reads its expert's matrices again",
         "buckets": f"slower up to {threshold} tokens: it reads every expert's matrices, used or not",
         "both": _why_not_both(form, threshold, max_tokens),
-        "dense": f"computes every expert on every token, {form.experts / form.top_k:.3g} times the work",
+        "dense": f"computes every expert on every token, {form.spread:.3g} times the work",
     }
     others = [
         Alternative(f"native: {name}", f"{note}; {_times(form, name, threshold, sm)}")
@@ -119,7 +120,7 @@ def choose(form: NativeForm, wanted: str, sms: Iterable[int], max_tokens: int | 
 
 
 def _best(form: NativeForm, threshold: int, max_tokens: int | None) -> str:
-    if form.experts / form.top_k < DENSE_WASTE:
+    if form.spread < DENSE_WASTE:
         return "dense"
     return "gather" if max_tokens is not None and max_tokens <= threshold else "both"
 
@@ -138,19 +139,19 @@ def _reason(form: NativeForm, lowering: str, threshold: int, max_tokens: int | N
     if lowering == trt_moe.LOWERING:
         return f"the engine takes at most {max_tokens} tokens, and it is predicted the fastest for all"
     if lowering == "dense":
-        return f"a token uses {form.top_k} of {form.experts} experts, so buckets would save too little"
+        return f"a token uses {form.top_k} of {form.everywhere} experts, so buckets would save too little"
     if lowering == "gather":
         return f"the engine takes at most {max_tokens} tokens, and gathering is for up to {threshold}"
     return (
         f"few tokens read only the experts they use, many tokens fill buckets; one engine holds both, with "
         f"one copy of the weights, and chooses at {threshold} tokens by itself (E/K is "
-        f"{form.experts / form.top_k:.3g})"
+        f"{form.spread:.3g})"
     )
 
 
 def _why_not_both(form: NativeForm, threshold: int, max_tokens: int | None) -> str:
-    if form.experts / form.top_k < DENSE_WASTE:
-        return f"buckets need a size from the host and save at most {form.experts / form.top_k:.3g} times"
+    if form.spread < DENSE_WASTE:
+        return f"buckets need a size from the host and save at most {form.spread:.3g} times"
     if max_tokens is not None and max_tokens <= threshold:
         return f"no run has more than {max_tokens} tokens, so the buckets would never be used"
     return "was not asked for"

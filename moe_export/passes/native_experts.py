@@ -100,6 +100,7 @@ def native_form(layer: MoELayer, found: ExpertForm, computed: str) -> NativeForm
         weight_dtype,
         bool(found.nodes.dispatch.attributes["drops"].as_int()),
         computed,
+        layer.num_experts,
     )
 
 

@@ -47,10 +47,22 @@ class NativeForm:
     drops: bool
     computed: str = "float32"
     """What the products are computed in once every pass has run: decides predicted times, not the text."""
+    routed_over: int = 0
+    """Of a rank: experts of all ranks, which decide how many tokens each gets; 0: all are here."""
 
     @property
     def experts(self) -> int:
         return int(self.attributes["num_experts"])
+
+    @property
+    def everywhere(self) -> int:
+        """Experts of all ranks."""
+        return max(self.routed_over, self.experts)
+
+    @property
+    def spread(self) -> float:
+        """E/K: of how many tokens one goes to an expert."""
+        return self.everywhere / self.top_k
 
     @property
     def inputs(self) -> tuple[str, ...]:
