@@ -242,7 +242,6 @@ def _write_engine(
     progress: Progress,
 ) -> Manifest:
     from .backends import get_backend
-    from .backends.data_file import forget_journals
     from .expert_parallel import divide
     from .importer.export import export_model
     from .inspect import count_parameters, find_expert_blocks
@@ -276,7 +275,6 @@ def _write_engine(
                 **environment,
             },
         )
-    forget_journals(writer.path)
     if loaded.stored is not None:
         _take_over_hashes(loaded.stored, writer)
     count = count_parameters(loaded.module, getattr(loaded.module, "config", None))

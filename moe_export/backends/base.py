@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from ..passes.base import PassContext
 from ..passes.pipelines import run_pipeline
 from ..schema import Decision, EngineFile, ExpertParallel, ModelIO, MoELayer
+from .data_file import forget_journals
 from .weight_files import place_weights
 
 if TYPE_CHECKING:
@@ -93,7 +94,9 @@ class Backend(ABC):
         plan: ExpertParallel | None = options.get("expert_parallel")
         if plan is None:
             run_pipeline(self.name, context)
-            return self._lowered(context, folder)
+            lowered = self._lowered(context, folder)
+            forget_journals(folder)
+            return lowered
         run_pipeline(self.name, context, "shared")
         ranks = []
         for rank in range(plan.ranks):
@@ -107,6 +110,7 @@ class Backend(ABC):
             )
             run_pipeline(self.name, own, "rank")
             ranks.append(self._lowered(own, folder / plan.folder(rank)))
+        forget_journals(folder)
         return _all_ranks(plan, ranks)
 
     def _lowered(self, context: PassContext, folder: Path) -> Lowered:
