@@ -242,7 +242,7 @@ def _write_engine(
     progress: Progress,
 ) -> Manifest:
     from .backends import get_backend
-    from .expert_parallel import divide
+    from .expert_parallel import check_ranks, divide
     from .importer.export import export_model
     from .inspect import count_parameters, find_expert_blocks
     from .verify.gpu_targets import require_covered_inputs
@@ -250,6 +250,7 @@ def _write_engine(
     limits = _limits(loaded, config)
     backend = get_backend(config.target)
     blocks = find_expert_blocks(loaded.module, getattr(loaded.module, "config", None))
+    check_ranks(config, blocks)
     backend.check_layers(blocks, dataclasses.asdict(config))
     exported = export_model(loaded, dtype=config.dtype, opset=config.opset, progress=progress)
     if config.target in GPU_TARGETS and config.verify:

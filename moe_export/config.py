@@ -182,6 +182,11 @@ class BuildConfig:
             raise UsageError("ep_overflow: error and ep_capacity_factor need each other: give both or none")
         if self.ep_overflow == "error" and self.ep_mode != "alltoall":
             raise UsageError("ep_overflow: error is for ep_mode alltoall; allreduce has no blocks")
+        if self.ep_overflow == "error" and self.target in GPU_TARGETS:
+            raise UsageError(
+                "ep_overflow: error needs target onnxruntime; blocks of a TensorRT plan have a row for every "
+                "token, so none is ever too small"
+            )
         if (self.placement == "balanced") != (self.trace is not None):
             raise UsageError(
                 "placement: balanced and trace belong together; `moe-export trace MODEL --data FILE --json "

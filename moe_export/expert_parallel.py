@@ -2,11 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
 
 from .config import BuildConfig
 from .errors import UsageError
 from .schema import Decision, ExpertParallel, ModelIO, MoELayer
+
+
+class ExpertCount(Protocol):
+    """What is known of an MoE layer before it is exported."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def num_experts(self) -> int: ...
+
+
+def check_ranks(config: BuildConfig, layers: Iterable[ExpertCount]) -> None:
+    """Refuse what :func:`divide` would refuse, as far as it is known before the model is traced.
+
+    Raises:
+        UsageError: no experts, fewer of them than ranks, or a file that is no trace.
+    """
+    if config.ep == 1:
+        return
+    found = list(layers)
+    if not found:
+        raise UsageError(f"ep: {config.ep} ranks were asked for, and the model has no MoE layer to divide")
+    for layer in found:
+        if config.ep > layer.num_experts + config.redundant_experts:
+            raise UsageError(
+                f"ep: {config.ep} ranks for the {layer.num_experts} experts of MoE layer {layer.name!r}, so "
+                f"a rank would have none; take at most {layer.num_experts}, or placement balanced with "
+                "redundant_experts"
+            )
+    if config.trace is not None:
+        from .placement import read_load_trace
+
+        read_load_trace(Path(config.trace))
 
 
 def divide(
