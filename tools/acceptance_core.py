@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import subprocess
@@ -59,6 +60,33 @@ class Outcome:
     reason: str = ""
     seconds: float = 0.0
     details: dict[str, Any] = field(default_factory=dict)
+
+
+def gpu_sms() -> list[int]:
+    """SM of each GPU that this process sees, asked of the driver."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return []
+    count, device, value = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return []
+    found = []
+    for index in range(count.value):
+        parts = []
+        driver.cuDeviceGet(ctypes.byref(device), index)
+        for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+            driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+            parts.append(value.value)
+        found.append(10 * parts[0] + parts[1])
+    return found
+
+
+def rank_gpus(sm: int, sms: Sequence[int] | None = None) -> tuple[int, ...]:
+    """Numbers of the first two GPUs of an SM (``sms``: of each GPU; None: asked); empty where there are
+    fewer."""
+    found = [index for index, each in enumerate(gpu_sms() if sms is None else sms) if each == sm]
+    return tuple(found[:2]) if len(found) > 1 else ()
 
 
 def select(checks: Sequence[Check], only: Sequence[str], sms: Sequence[int]) -> list[Check]:

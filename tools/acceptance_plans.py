@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from acceptance_core import rank_gpus
 from acceptance_gpu import (
     Array,
     Gpu,
@@ -141,10 +143,31 @@ def target(
     return {"passed": not code, "reason": reason, "parity": parity, "bench": bench}
 
 
-def command(*words: str) -> tuple[int, Any, str]:
+def ranks(name: str, mode: str, sm: str, source: str = "examples/byte-mixtral") -> Result:
+    """Build two ranks, and compare them with the source model: two processes, a GPU each."""
+    pair = rank_gpus(int(sm))
+    if not pair:
+        raise EnvironmentLacksError(f"two ranks need two GPUs of SM{sm}")
+    beside = Path(sys.executable).with_name("mpiexec")
+    started = (str(beside) if beside.is_file() else "mpiexec", "-n", "2")
+    seen = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(map(str, pair))}
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = str(Path(folder) / "engine")
+        build = ("--target", name, "--sm", sm, "--ep", "2", "--ep-mode", mode)
+        code, _, told = command("build", source, *build, "--no-verify", "--no-bench", "-o", bundle)
+        if code:
+            return {"passed": False, "reason": f"build ends with {code}: {told}"}
+        code, parity, told = command("verify", bundle, launcher=started, environment=seen)
+    reason = f"verify ends with {code}: {told}" if code else ""
+    return {"passed": not code, "reason": reason, "parity": parity}
+
+
+def command(
+    *words: str, launcher: tuple[str, ...] = (), environment: Mapping[str, str] | None = None
+) -> tuple[int, Any, str]:
     """A command of moe-export: its exit code, the summary of its report, its last words."""
-    line = [sys.executable, "-m", "moe_export", *words, "--quiet", "--json"]
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    line = [*launcher, sys.executable, "-m", "moe_export", *words, "--quiet", "--json"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
     try:
         report = json.loads(done.stdout or "null")
     except json.JSONDecodeError:
@@ -159,6 +182,7 @@ CHECKS: dict[str, Callable[..., Result]] = {
     "tensor-cores": tensor_cores,
     "bare-plan": bare_plan,
     "target": target,
+    "ranks": ranks,
 }
 
 

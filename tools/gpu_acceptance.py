@@ -6,15 +6,14 @@
 
 First the risks: that kernels get their arguments, more than 48 KiB of shared memory, numbers of tensor cores,
 and plans that need nothing of moe-export. Then whole engines: built, checked against PyTorch, and timed, for
-every target, dtype and expert lowering, on one GPU of each SM that is here. Each check is a process of its
-own. Ends with 0 only if everything ran and passed; 1: something failed; 3: nothing failed, but something was
-skipped (the report says what and why).
+every target, dtype and expert lowering, on one GPU of each SM that is here; and two ranks where there are two
+GPUs of an SM. Each check is a process of its own. Ends with 0 only if everything ran and passed; 1: something
+failed; 3: nothing failed, but something was skipped (the report says what and why).
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib.util
 import math
 import sys
@@ -27,19 +26,23 @@ from acceptance_core import (
     Check,
     Machine,
     exit_code,
+    gpu_sms,
     line,
     make_folder,
+    rank_gpus,
     run_checks,
     select,
     summary,
     write_report,
 )
 
+from moe_export.backends.trt.backend import FIRST_COLLECTIVE_SM
 from moe_export.backends.trt.library import INSTALL, MODULES, library_problem, library_version
 from moe_export.backends.trt.machine import lowerings_of
-from moe_export.errors import MoeExportError, UsageError
-from moe_export.schema import DTYPES
-from moe_export.sms import FIRST_SM, sms_of
+from moe_export.backends.trt.nccl import Nccl
+from moe_export.errors import EnvironmentLacksError, MoeExportError, UsageError
+from moe_export.schema import DTYPES, EP_MODES
+from moe_export.sms import FIRST_SM, SMS, sms_of
 
 RUNNER = Path(__file__).with_name("acceptance_plans.py")
 GPU_EXTRA = "pip install 'moe-export[gpu]'"
@@ -59,6 +62,23 @@ def look() -> tuple[Machine, dict[int, int]]:
             has[name] = "installed"
         else:
             lacks[name] = f"{package} is not installed: {GPU_EXTRA}"
+    if _installed("mpi4py"):
+        has["mpi"] = "installed"
+    else:
+        lacks["mpi"] = "mpi4py is not installed: pip install 'moe-export[mpi]'"
+    try:
+        Nccl()
+        has["nccl"] = "installed"
+    except EnvironmentLacksError as error:
+        lacks["nccl"] = str(error)
+    for sm in SMS:
+        pair = rank_gpus(sm)
+        if pair:
+            has[_two(sm)] = f"GPUs {pair[0]} and {pair[1]}"
+        elif sm in gpus:
+            lacks[_two(sm)] = f"ranks need two GPUs of SM{sm}, and this machine has one"
+        else:
+            lacks[_two(sm)] = f"no two GPUs of SM{sm}"
     for target, module in MODULES.items():
         problem = library_problem(target)
         if problem:
@@ -66,6 +86,10 @@ def look() -> tuple[Machine, dict[int, int]]:
         else:
             has[module] = str(library_version(target))
     return Machine(has, lacks, tuple(gpus)), gpus
+
+
+def _two(sm: int) -> str:
+    return f"two GPUs of SM{sm}"
 
 
 def _installed(package: str) -> bool:
@@ -76,22 +100,10 @@ def _installed(package: str) -> bool:
 
 
 def find_gpus() -> dict[int, int]:
-    """SM → number of the first GPU that has it, asked of the driver."""
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return {}
-    count, device, value = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
-        return {}
+    """SM → number of the first GPU that has it."""
     found: dict[int, int] = {}
-    for index in range(count.value):
-        parts = []
-        driver.cuDeviceGet(ctypes.byref(device), index)
-        for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
-            driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
-            parts.append(value.value)
-        found.setdefault(10 * parts[0] + parts[1], index)
+    for index, sm in enumerate(gpu_sms()):
+        found.setdefault(sm, index)
     return found
 
 
@@ -124,6 +136,12 @@ def all_checks(machine: Machine, source: str, speedup: float) -> list[Check]:
                         title = f"build, parity and speed of {source}"
                         needs = ("gpu", "cuda", module, *(("triton",) if lowering == "plugin" else ()))
                         checks.append(_check(name, "target", title, needs, words, sm))
+            for mode in EP_MODES if sm >= FIRST_COLLECTIVE_SM else ():
+                name = f"ranks/{target}/{mode}/sm{sm}"
+                needs = ("gpu", _two(sm), "cuda", "mpi", "nccl", module)
+                words = ("ranks", target, mode, str(sm), source)
+                title = f"two ranks of {source} under mpiexec, against the source model"
+                checks.append(_check(name, "target", title, needs, words, sm))
     return checks
 
 
@@ -176,7 +194,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         only = given.only.split(",") if given.only else []
         every = select(all_checks(found, given.source, given.min_speedup), only, given.sm)
-        checks = [replace(c, gpu=gpus.get(c.sm) if c.sm is not None else None) for c in every]
+        # Ranks choose their GPUs themselves.
+        checks = [c if "ranks" in c.command else replace(c, gpu=gpus.get(c.sm or 0)) for c in every]
         if any(c.group == "target" for c in checks):
             _check_source(given.source)
         if not given.list:

@@ -98,6 +98,20 @@ def test_checks_of_a_machine_with_two_kinds_of_gpu() -> None:
     assert not any(c.name.startswith("tensorrt-rtx") for c in only)
 
 
+def test_ranks_need_two_gpus_of_an_sm() -> None:
+    core = tool("acceptance_core")
+    assert core.rank_gpus(89, [80, 89, 120, 89, 89]) == (1, 3) and core.rank_gpus(80, [80, 89]) == ()
+    checks = gpu_acceptance.all_checks(Machine(HAS, {}, (75, 89)), "SOURCE", 1.0)
+    ranks = [c for c in checks if c.name.startswith("ranks/")]
+    modes = [f"{name}/{mode}" for name in ("tensorrt", "tensorrt-rtx") for mode in ("allreduce", "alltoall")]
+    assert {c.name for c in ranks} == {f"ranks/{mode}/sm89" for mode in modes}
+    assert all({"two GPUs of SM89", "mpi", "nccl"} <= set(c.needs) for c in ranks)
+    (found, *_) = core.run_checks(ranks[:1], Machine(HAS, {"two GPUs of SM89": "has one"}, (89,)))
+    assert found.status == "skipped" and "has one" in found.reason
+    with pytest.raises(MoeExportError, match="two ranks need two GPUs of SM1"):
+        acceptance_plans.ranks("tensorrt", "allreduce", "1")
+
+
 def test_a_refusal_is_a_result(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> None:
         raise MoeExportError("no driver")
