@@ -5,7 +5,9 @@ MPI starts the ranks and carries NCCL's name for them; what the plans exchange g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import faulthandler
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from moe_export.backends.trt.machine import gpu_identity
@@ -13,6 +15,8 @@ from moe_export.backends.trt.nccl import Nccl
 from moe_export.errors import EnvironmentLacksError
 from moe_export.runtime.ranks import Ranks
 
+_LATER = 5.0
+"""Seconds after a rank's patience."""
 SetCommunicator = Callable[[Nccl, int], None]
 """Gives a plan the library, and the address of its communicator."""
 
@@ -34,11 +38,22 @@ def connect_gpus(ranks: Ranks, set_communicator: SetCommunicator) -> None:
     check_gpus(everything)
 
     def connect() -> None:
-        with ranks.watched("connecting the GPUs through NCCL"):
+        with _ended_after(ranks.patience + _LATER), ranks.watched("connecting the GPUs through NCCL"):
             address = nccl.communicator(bytes.fromhex(everything[0]["id"]), ranks.rank, ranks.size)
             set_communicator(nccl, address)
 
     ranks.together(connect)
+
+
+@contextlib.contextmanager
+def _ended_after(seconds: float) -> Iterator[None]:
+    """TensorRT may keep Python's lock while it waits for other ranks. Then this still ends the process, after
+    it has printed where it hangs, and the launcher ends the others."""
+    faulthandler.dump_traceback_later(seconds, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def check_gpus(everything: Sequence[Mapping[str, Any]]) -> None:

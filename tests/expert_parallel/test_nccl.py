@@ -6,12 +6,14 @@ import ctypes
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from moe_export.backends.trt.device import wait_until
 from moe_export.backends.trt.nccl import LIBRARY, Nccl, capsule, choose_gpu, library_path
+from moe_export.backends.trt.runner import PlanRunner
 from moe_export.errors import BundleError, EnvironmentLacksError
 from moe_export.runtime.gpu_ranks import check_gpus
 from tests.expert_parallel.mpi import mpiexec, needs_mpi, script
@@ -94,6 +96,24 @@ def test_what_goes_wrong_is_said_once_and_ends_all(tmp_path: Path, library: Path
     done = mpiexec(2, *command, "2", LD_LIBRARY_PATH=str(library), NCCL_HANGS="0")
     assert done.code != 0 and done.seconds < 30
     assert len(done.errors) == 1 and "connecting the GPUs through NCCL took longer than 2 s" in done.errors[0]
+
+
+@needs_mpi
+def test_ranks_that_all_hang_inside_tensorrt_end_too(tmp_path: Path, library: Path) -> None:
+    """It may keep Python's lock, so that nothing of Python runs."""
+    hangs = CONNECT.replace("print(hex(address), flush=True)", "__import__('ctypes').PyDLL(None).sleep(600)")
+    assert hangs != CONNECT
+    done = mpiexec(2, *script(tmp_path, "hangs", hangs), "1", LD_LIBRARY_PATH=str(library))
+    assert done.code != 0 and done.seconds < 40
+    assert "Timeout" in done.err and "connect_gpus" in done.err
+
+
+def test_a_plan_of_several_ranks_runs_with_them_only() -> None:
+    """TensorRT would run it without, and the numbers would be wrong."""
+    alone = PlanRunner.__new__(PlanRunner)  # without the GPU that making one takes
+    vars(alone).update(_lock=threading.Lock(), _ranks=2, _rank=1, _nccl=None, _label="plan")
+    with pytest.raises(BundleError, match="plan is of rank 1 of 2, which are not connected; .* mpiexec -n 2"):
+        alone.run({})
 
 
 def test_errors_of_an_exchange_end_the_wait(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
