@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,12 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
+from moe_export.costs.moe_kernels import native_work
 from moe_export.errors import UsageError
 from moe_export.ops import DOMAIN
 from moe_export.passes.base import PassContext
 from moe_export.passes.inline_bodies import InlineBodies
-from moe_export.passes.native_choice import choose, threshold_of
+from moe_export.passes.native_choice import choose, shapes_of, threshold_of
 from moe_export.passes.native_experts import CAPACITY_INPUT, LOAD_OUTPUT, NativeExperts
 from moe_export.passes.native_text import LOWERINGS, NATIVE_DOMAIN, NativeForm
 from tests.ops.cases import expert_ids
@@ -133,6 +135,22 @@ def test_bodies_are_inlined_afterwards() -> None:
 def form(experts: int, top_k: int, hidden: int = 2048, inner: int = 1024) -> NativeForm:
     base = form_of("swiglu", expert_ids(1, top_k, experts), experts, "float16")
     return NativeForm(base.attributes, top_k, hidden, inner, "float16", "float16", False, "float16")
+
+
+def test_a_rank_is_judged_by_the_experts_of_all() -> None:
+    """One or two of eight experts, top-2, lie on a rank: few tokens come to each of them."""
+    for here in (1, 2):
+        rank = dataclasses.replace(form(here, min(here, 2)), top_k=2, routed_over=8)
+        found = choose(rank, "auto", (80,), None)
+        assert found.lowering == "both" and "E/K is 4" in found.reason
+        many = shapes_of(rank, 4096)
+        assert 0.9 * here < many.touched <= here
+        buckets, dense = (native_work(many, lowering)[0].flops for lowering in ("buckets", "dense"))
+        assert buckets < 0.6 * dense  # the first guess leaves room
+    assert choose(form(2, 2), "auto", (80,), None).lowering == "dense", "where all experts are here"
+    whole = native_work(shapes_of(form(8, 2), 4096), "buckets")[0].flops
+    rank = dataclasses.replace(form(2, 2), routed_over=8)
+    assert native_work(shapes_of(rank, 4096), "buckets")[0].flops == whole / 4
 
 
 def test_the_choice_is_explained_with_every_alternative() -> None:
