@@ -139,9 +139,9 @@ def all_checks(machine: Machine, source: str, speedup: float) -> list[Check]:
             for mode in EP_MODES if sm >= FIRST_COLLECTIVE_SM else ():
                 name = f"ranks/{target}/{mode}/sm{sm}"
                 needs = ("gpu", _two(sm), "cuda", "mpi", "nccl", module)
-                words = ("ranks", target, mode, str(sm), source)
                 title = f"two ranks of {source} under mpiexec, against the source model"
-                checks.append(_check(name, "target", title, needs, words, sm))
+                given = ("ranks", target, mode, str(sm), source)
+                checks.append(_check(name, "target", title, needs, given, sm))
     return checks
 
 

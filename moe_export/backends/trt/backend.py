@@ -187,11 +187,6 @@ def _check_ranks(sms: tuple[int, ...], options: Mapping[str, Any]) -> None:
             "native_lowering: trt_moe is for one rank: of several, most choices of a token lie elsewhere, "
             "and no source says what TensorRT's MoE layer does with those; take auto"
         )
-    if options.get("ep_overflow") == "error":
-        raise UsageError(
-            "ep_overflow: error is for target onnxruntime; blocks of a plan have room for every token, so "
-            "none overflows; leave out ep_overflow and ep_capacity_factor"
-        )
     early = [sm for sm in sms if sm < FIRST_COLLECTIVE_SM]
     if early:
         raise UsageError(
