@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,7 +128,12 @@ def _entry(path: Path, name: str, value: Any, data_start: int) -> HeaderEntry:
     begin, end = offsets
     if not 0 <= begin <= end:
         raise corrupt(f"data_offsets {offsets} are out of order")
-    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    count = 1
+    for size in shape:
+        count *= size
+        if count >= 1 << 64:  # the format's own library counts elements so, whatever sizes follow
+            raise corrupt(f"{end - begin} bytes do not hold {dtype} of shape {shape}")
+    bits = count * DTYPE_BITS[dtype]
     if bits % 8 or bits // 8 != end - begin:
         raise corrupt(f"{end - begin} bytes do not hold {dtype} of shape {shape}")
     return HeaderEntry(dtype, tuple(shape), data_start + begin, end - begin)

@@ -30,8 +30,8 @@ def built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     asked: dict[str, Any] = {}
     folder = make_tiny_bundle(tmp_path / "tiny")
 
-    def build(source: Any, output: Any, config: BuildConfig, *, progress: Any) -> Bundle:
-        asked.update(source=source, output=output, config=config)
+    def build(source: Any, output: Any, config: BuildConfig, *, resume: bool, progress: Any) -> Bundle:
+        asked.update(source=source, output=output, config=config, resume=resume)
         return Bundle(folder, read_manifest(folder))
 
     monkeypatch.setattr("moe_export.api.build", build)
@@ -41,7 +41,7 @@ def built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
 def test_no_flags_are_the_defaults(built: dict[str, Any], tmp_path: Path) -> None:
     result = invoke("build", "model", "-o", tmp_path / "out", "-q")
     assert result.exit_code == 0, result.output
-    assert built == {"source": "model", "output": tmp_path / "out", "config": BuildConfig()}
+    assert built == {"source": "model", "output": tmp_path / "out", "config": BuildConfig(), "resume": False}
     assert result.stdout.startswith("built ")
 
 
@@ -116,6 +116,11 @@ def test_json_holds_the_manifest(built: dict[str, Any]) -> None:
     found = json.loads(invoke("build", "model", "-o", "out", "-q", "--json").stdout)
     assert found["manifest"]["target"] == "onnxruntime"
     assert Path(found["path"]).is_dir()
+
+
+def test_resume_is_asked_of_the_build(built: dict[str, Any]) -> None:
+    assert invoke("build", "model", "-o", "out", "-q", "--resume").exit_code == 0
+    assert built["resume"] is True
 
 
 def test_failed_parity_exits_1(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
@@ -496,6 +496,7 @@ def near_sound(draw: st.DrawFn) -> tuple[Header, bytes]:
     case=near_sound()
     | st.tuples(st.dictionaries(st.text(max_size=2), FUZZED, max_size=3), st.binary(max_size=20))
 )
+@example(case=({"a": {"dtype": "BF16", "shape": [1 << 62, 1 << 62, 0], "data_offsets": [0, 0]}}, b""))
 @settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_headers_are_judged_as_the_safetensors_library_does(
     tmp_path: Path, case: tuple[Header, bytes]
