@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ExportError, UsageError
 from ..graph.functions import attach_functions
 from ..graph.moe_values import ExpertNodes, expert_nodes
+from ..graph.subgraph import ancestors
 from ..ops import DOMAIN
 from ..schema import Decision, ExpertParallel, MoELayer
 from ..sms import GPU_TARGETS
 from .base import Pass, PassContext
+from .expert_region import find_region, forget_rows
 from .expert_slices import ExpertSlices
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class _Divider:
 
     def run(self) -> None:
         nodes, own = self._nodes, self._placed[self._rank]
-        region, foreign = _region(nodes)
+        region, foreign = find_region(nodes)
         self._take_own(region, own)
         slots = self._op("ExpertSlots", [nodes.expert_ids, self._table()])
         slots.type, slots.shape = nodes.expert_ids.type, nodes.expert_ids.shape
@@ -81,7 +82,7 @@ class _Divider:
                 if value is not None and id(value) in here:
                     node.replace_input_with(index, here[id(value)])
             for output in node.outputs:
-                _forget_rows(output)
+                forget_rows(output)
         nodes.combine.replace_input_with(2, weights)
         _set(nodes.dispatch, num_experts=len(own), drops=1)
         self._graph.insert_before(self._first_of(region), self._made)
@@ -94,14 +95,14 @@ class _Divider:
         else:
             returned = self._op("AllToAll", [old], ranks=self._plan.ranks)
             total = self._op("RankCombine", [returned, places])
-            _forget_rows(old)
+            forget_rows(old)
         total.type, total.shape = kind, shape
         for node, index in readers:
             node.replace_input_with(index, total)
         for index, output in enumerate(self._graph.outputs):
             if output is old:
                 self._graph.outputs[index] = total
-        old.name, total.name = None, name
+        old.name, total.name = f"moe.{self._layer.index}.partial", name
         self._graph.insert_after(nodes.combine, self._made)
 
     def _take_own(self, region: list[ir.Node], own: tuple[int, ...]) -> None:
@@ -127,7 +128,8 @@ class _Divider:
         data = node.inputs[0]
         if data is None or data.const_value is None or not len(data.const_value.shape):
             return False
-        return self._nodes.expert_ids in _ancestors(node.inputs[1])
+        index = node.inputs[1]
+        return index is not None and bool(ancestors([index], [self._nodes.expert_ids])[1])
 
     def _table(self) -> ir.Value:
         """[E, L] int32: the slot of each expert for tokens t = 0, 1, ... mod L; -1: not on this rank."""
@@ -263,65 +265,6 @@ def _dispatch(graph: ir.Graph, layer: MoELayer) -> ir.Node:
         if ours and node.attributes["layer"].as_string() == layer.name:
             return node
     raise ExportError(f"MoE layer {layer.name!r}: its Dispatch is gone")
-
-
-def _region(nodes: ExpertNodes) -> tuple[list[ir.Node], list[str]]:
-    """What leads from tokens and ids to the rows that are combined, and what else of the graph it reads."""
-    stops = {id(nodes.hidden), id(nodes.expert_ids), id(nodes.weights)}
-    found: dict[int, ir.Node] = {}
-    waiting = [nodes.combine.inputs[0], nodes.dispatch.outputs[0]]
-    foreign: list[str] = []
-    readers = _descendants((nodes.expert_ids, nodes.gather.outputs[0]))
-    while waiting:
-        value = waiting.pop()
-        if value is None or id(value) in stops or value.const_value is not None:
-            continue
-        node = value.producer()
-        if node is None or id(node) not in readers:
-            if any(v.producer() is None and v.const_value is None for v in _ancestors(value)):
-                foreign.append(value.name or "a value")
-            continue
-        if id(node) not in found:
-            found[id(node)] = node
-            waiting.extend(node.inputs)
-    if id(nodes.gather) not in found:
-        found[id(nodes.gather)] = nodes.gather
-    return [*found.values()], foreign
-
-
-def _forget_rows(value: ir.Value) -> None:
-    """A rank has other rows, and other experts, than the whole model."""
-    import onnx_ir as ir
-
-    if value.shape is not None and len(value.shape):
-        value.shape = ir.Shape([None, *value.shape[1:]])
-
-
-def _descendants(values: Iterable[ir.Value]) -> set[int]:
-    """Nodes that read ``values``, or something computed from them."""
-    found: set[int] = set()
-    waiting = list(values)
-    while waiting:
-        for node, _ in waiting.pop().uses():
-            if id(node) not in found:
-                found.add(id(node))
-                waiting.extend(node.outputs)
-    return found
-
-
-def _ancestors(value: ir.Value | None) -> list[ir.Value]:
-    """``value`` and what it is computed from."""
-    found: dict[int, ir.Value] = {}
-    waiting = [value]
-    while waiting:
-        current = waiting.pop()
-        if current is None or id(current) in found:
-            continue
-        found[id(current)] = current
-        node = current.producer()
-        if node is not None:
-            waiting.extend(node.inputs)
-    return list(found.values())
 
 
 def _set(node: ir.Node, **values: int) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-from ..graph.expert_tensors import EXPERT_TENSORS
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -22,10 +20,12 @@ class ExpertSlices:
         """An initializer with ``experts`` of the initializer ``stack``, in their order."""
         import onnx_ir as ir
 
+        from ..graph.expert_stacks import stack_of
+
         key = id(stack), tuple(experts)
         if key not in self._made:
             assert stack.const_value is not None
-            tensor = _sliced(stack.const_value, key[1], f"{stack.name}.own{len(self._made)}")
+            tensor = stack_of(stack.const_value).take(key[1], f"{stack.name}.own{len(self._made)}")
             value = ir.Value(name=tensor.name, const_value=tensor, type=stack.type, shape=tensor.shape)
             self._graph.register_initializer(value)
             self._made[key] = value
@@ -36,39 +36,3 @@ class ExpertSlices:
         for name, value in list(self._graph.initializers.items()):
             if not value.uses() and not value.is_graph_output():
                 del self._graph.initializers[name]
-
-
-def _sliced(tensor: Any, experts: tuple[int, ...], name: str) -> Any:
-    """A tensor that is read when it is needed. Of matrices that lie apart, only those asked for are."""
-    import onnx_ir as ir
-
-    shape = ir.Shape([len(experts), *tensor.shape[1:]])
-    parts = tensor.meta.get(EXPERT_TENSORS)
-    if parts is None:
-        made = ir.LazyTensor(
-            lambda: ir.tensor(_rows(tensor, experts), dtype=tensor.dtype),
-            dtype=tensor.dtype,
-            shape=shape,
-            name=name,
-        )
-        return made
-    chosen = tuple(tuple(part[e] for e in experts) for part in parts)
-    made = ir.LazyTensor(
-        lambda: ir.tensor(_stacked(chosen), dtype=tensor.dtype), dtype=tensor.dtype, shape=shape, name=name
-    )
-    made.meta[EXPERT_TENSORS] = chosen
-    return made
-
-
-def _rows(tensor: Any, experts: tuple[int, ...]) -> Any:
-    array = tensor.numpy()
-    first = experts[0]
-    if experts == tuple(range(first, first + len(experts))):
-        return array[first : first + len(experts)]
-    return array[list(experts)]
-
-
-def _stacked(parts: tuple[tuple[Any, ...], ...]) -> Any:
-    import numpy as np
-
-    return np.stack([np.concatenate([m.numpy() for m in expert]) for expert in zip(*parts, strict=True)])
