@@ -10,12 +10,13 @@ PLUGIN_SOURCES := $(shell find plugins -type f -not -path 'plugins/cpu/tests/*' 
 # One compute thread per test process: JOBS processes share the cores.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: help venv demo test test-slow sanitize cross-aarch64 lint format docs clean
+.PHONY: help venv demo test test-slow test-all sanitize cross-aarch64 lint format docs clean
 
 help:
 	@echo "make demo       build, verify, measure and run the shipped example model; prints where the report lies"
 	@echo "make test       all tests but the slow ones"
-	@echo "make test-slow  the slow tests"
+	@echo "make test-slow  the slow tests, as CI runs them"
+	@echo "make test-all   every test, with those that CI leaves out for their time"
 	@echo "make cross-aarch64  the CPU plugin built for aarch64, its kernels checked under qemu"
 	@echo "make sanitize   the CPU plugin's kernels under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make lint       ruff and mypy"
@@ -41,7 +42,10 @@ test: $(STAMP)
 	$(PYTEST) -m "not slow"
 
 test-slow: $(STAMP)
-	$(PYTEST) -m slow --durations=15
+	$(PYTEST) -m "slow and not nightly" --durations=15
+
+test-all: $(STAMP)
+	$(PYTEST) --durations=15
 
 sanitize: $(STAMP)
 	tools/sanitize.sh $(VENV)

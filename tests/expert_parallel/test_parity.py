@@ -74,22 +74,28 @@ def golden(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
     return source, file
 
 
-CASES = [("allreduce", 2), ("alltoall", 4), ("allreduce", 8)]
-"""The other way around and 3 ranks, which do not divide 8 experts, are tried with the shipped model."""
-MORE = [("allreduce", 4), ("alltoall", 2), ("alltoall", 8), ("allreduce", 3), ("alltoall", 3)]
+FAMILIES = ("byte-mixtral", "deepseek_v3", "qwen3_moe", "gpt_oss", "switch_transformers")
+USUAL = [
+    *(("byte-mixtral", mode, ranks) for mode, ranks in (("allreduce", 2), ("alltoall", 4), ("alltoall", 3))),
+    ("deepseek_v3", "allreduce", 4),
+    ("qwen3_moe", "alltoall", 2),
+    ("gpt_oss", "allreduce", 8),
+    ("switch_transformers", "alltoall", 2),
+]
+"""What CI runs; 3 ranks do not divide 8 experts."""
+MORE = [
+    (name, mode, ranks)
+    for name in FAMILIES
+    for mode in ("allreduce", "alltoall")
+    for ranks in (2, 3, 4, 8)
+    if (name, mode, ranks) not in USUAL
+]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("golden", "mode", "ranks"),
-    [
-        *(
-            (name, mode, ranks)
-            for name in ("byte-mixtral", "deepseek_v3", "qwen3_moe", "gpt_oss", "switch_transformers")
-            for mode, ranks in CASES
-        ),
-        *(("byte-mixtral", mode, ranks) for mode, ranks in MORE),
-    ],
+    [*USUAL, *(pytest.param(*case, marks=pytest.mark.nightly) for case in MORE)],
     indirect=["golden"],
 )
 def test_ranks_over_mpi_are_equal_to_the_source(

@@ -337,8 +337,15 @@ def test_a_rank_has_room_for_what_all_send() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["allreduce", "alltoall"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("mode", "dtype"),
+    [
+        ("allreduce", "float32"),
+        ("alltoall", "bfloat16"),
+        pytest.param("allreduce", "bfloat16", marks=pytest.mark.nightly),
+        pytest.param("alltoall", "float32", marks=pytest.mark.nightly),
+    ],
+)
 def test_three_sms(model: torch.nn.Module, tmp_path: Path, mode: str, dtype: str) -> None:
     options = {**OPTIONS, "ep": 3, "ep_mode": mode, "dtype": dtype, "max_batch": 4}
     made = moe_export.build(model, tmp_path / "b", target="tensorrt-rtx", sm=(80, 89, 120), **options)
@@ -347,7 +354,9 @@ def test_three_sms(model: torch.nn.Module, tmp_path: Path, mode: str, dtype: str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["allreduce", "alltoall"])
+@pytest.mark.parametrize(
+    "mode", ["allreduce", pytest.param("alltoall", marks=pytest.mark.nightly)]
+)
 def test_replicas_of_hot_experts(model: torch.nn.Module, tmp_path: Path, mode: str) -> None:
     trace = tmp_path / "trace.json"
     layers = [{"counts": [50, 30, 12, 8], "dropped": 0}, {"counts": [5, 5, 30, 60], "dropped": 0}]
@@ -364,7 +373,10 @@ def test_replicas_of_hot_experts(model: torch.nn.Module, tmp_path: Path, mode: s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "family",
+    ["deepseek_v3", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("gpt_oss", "qwen3_moe"))],
+)
 def test_families(tmp_path: Path, family: str) -> None:
     options = {**OPTIONS, "ep_mode": "alltoall", "max_batch": 2}
     made = moe_export.build(tiny_model(family), tmp_path / "b", target="tensorrt-rtx", sm=(89,), **options)
