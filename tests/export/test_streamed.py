@@ -46,8 +46,14 @@ def built(source: Path, output: Path, weights: str, **options: Any) -> list[str]
             "mixtral", 2, torch.float32, {"dtype": "bfloat16", "expert_lowering": "unrolled"},
             marks=pytest.mark.slow,
         ),
-        pytest.param("deepseek_v3", 7, torch.bfloat16, {"expert_weights": "as-is"}, marks=pytest.mark.slow),
-        pytest.param("gpt_oss", 6, torch.float32, {"dtype": "bfloat16"}, marks=pytest.mark.slow),
+        pytest.param(
+            "deepseek_v3", 7, torch.bfloat16, {"expert_weights": "as-is"},
+            marks=(pytest.mark.slow, pytest.mark.nightly),
+        ),
+        pytest.param(
+            "gpt_oss", 6, torch.float32, {"dtype": "bfloat16"},
+            marks=(pytest.mark.slow, pytest.mark.nightly),
+        ),
         pytest.param("mixtral", 2, torch.bfloat16, {"quantize": "int8"}, marks=pytest.mark.slow),
     ],
 )  # fmt: skip

@@ -19,7 +19,11 @@ COMMAND = [sys.executable, str(ROOT / "tools" / "bench_memory.py")]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
-WEIGHTS = ("float32", "float16", "bfloat16", "int8", "int4")
+WEIGHTS = (
+    "float32",
+    "int4",
+    *(pytest.param(name, marks=pytest.mark.nightly) for name in ("float16", "bfloat16", "int8")),
+)
 
 
 def measure(tmp_path: Path, weights: str, limit: int) -> dict[str, float]:

@@ -31,8 +31,9 @@ OPS = {"qmoe": "QMoE", "plugin": "QuantizedExpertMLP"}
 SOURCE = Path(__file__).parents[2] / "examples" / "byte-mixtral"
 
 
+NIGHTLY = (pytest.mark.slow, pytest.mark.nightly)
 ENGINES = [
-    pytest.param((kind, lowering), id=f"{kind}-{lowering}", marks=pytest.mark.slow if slow else ())
+    pytest.param((kind, lowering), id=f"{kind}-{lowering}", marks=NIGHTLY if slow else ())
     for kind, lowering, slow in (
         ("int8", "qmoe", False),
         ("int4", "qmoe", False),
