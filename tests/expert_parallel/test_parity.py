@@ -165,6 +165,29 @@ def test_routings_that_are_hard_on_ranks(tmp_path: Path, mode: str) -> None:
     assert np.abs(got["experts_one"] - expected["experts_hot"]).max() > 1e-3
 
 
+@pytest.mark.slow
+def test_a_block_that_is_too_small_ends_the_run_on_all_ranks(tmp_path: Path) -> None:
+    """With ``ep_overflow`` error a run gives the right numbers, or none."""
+    source = source_of("mixtral", tmp_path / "source")
+    ids = np.random.default_rng(0).integers(3, 100, (2, 9))
+    np.savez(tmp_path / "in.npz", input_ids=ids, attention_mask=np.ones_like(ids))
+    one = moe_export.build(source, tmp_path / "one", bench=False, verify=False, threads=1)
+    for factor, code in ((2.0, 0), (0.2, 2)):
+        folder = tmp_path / f"factor{factor}"
+        bundle = ranks_of(source, folder, 2, "alltoall", ep_overflow="error", ep_capacity_factor=factor)
+        words = ("--inputs", tmp_path / "in.npz", "--outputs", folder / "out.npz", "-q")
+        done = mpiexec(2, COMMAND, "run", bundle, *words)
+        assert done.code == code, done.err
+        if code:
+            assert not (folder / "out.npz").exists()
+            assert len(done.errors) == 1 and "all ranks: layer" in done.errors[0], done.err
+            assert "ep_capacity_factor" in done.errors[0]
+            continue
+        with moe_export.load(one.path, threads=1) as session, np.load(folder / "out.npz") as got:
+            expected = session.run({"input_ids": ids, "attention_mask": np.ones_like(ids)})
+            np.testing.assert_allclose(got["logits"], expected["logits"], atol=2e-5)
+
+
 def write_trace(path: Path, *, layers: int, experts: int, busiest: int, top_k: int) -> None:
     """A trace in which one expert is chosen by every token."""
     tokens = 700
