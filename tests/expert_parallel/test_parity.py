@@ -174,6 +174,7 @@ def test_a_block_that_is_too_small_ends_the_run_on_all_ranks(tmp_path: Path) -> 
     one = moe_export.build(source, tmp_path / "one", bench=False, verify=False, threads=1)
     for factor, code in ((2.0, 0), (0.2, 2)):
         folder = tmp_path / f"factor{factor}"
+        folder.mkdir()
         bundle = ranks_of(source, folder, 2, "alltoall", ep_overflow="error", ep_capacity_factor=factor)
         words = ("--inputs", tmp_path / "in.npz", "--outputs", folder / "out.npz", "-q")
         done = mpiexec(2, COMMAND, "run", bundle, *words)
