@@ -6,8 +6,6 @@
 // Built with MOE_EXPORT_SANITIZER, this is what AddressSanitizer, UBSan and ThreadSanitizer run.
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <limits>
 #include <memory>
 #include <numeric>
@@ -19,6 +17,7 @@
 #include "kernels/grouped_matmul.h"
 #include "kernels/parallel.h"
 #include "kernels/router.h"
+#include "tests/random_checks.h"
 #include "tests/random_tensors.h"
 
 namespace moe_export::cpu {
@@ -287,46 +286,10 @@ void CheckRouter(Random& random, ParallelFor& pool) {
   }
 }
 
-// Whether each check notices a damaged result in some of a few cases.
-bool ChecksNotice(ParallelFor& pool) {
-  spoil = true;
-  bool notice = true;
-  for (const auto check : {&CheckDispatch, &CheckCombine, &CheckGroupedMatMul, &CheckRouter}) {
-    failures = 0;
-    for (unsigned seed = 0; seed < 10 && failures == 0; ++seed) {
-      Random random(seed);
-      check(random, pool);
-    }
-    notice = notice && failures > 0;
-  }
-  spoil = false;
-  failures = 0;
-  return notice;
-}
-
-int Main(int argc, char** argv) {
-  const int cases = argc > 1 ? std::atoi(argv[1]) : 200;
-  const unsigned seed = argc > 2 ? static_cast<unsigned>(std::atoi(argv[2])) : 1;
-  ThreadParallelFor one(1);
-  ThreadParallelFor four(4);
-  if (!ChecksNotice(one)) {
-    std::printf("a check accepts a damaged result\n");
-    return 1;
-  }
-  for (int i = 0; i < cases; ++i) {
-    Random random(seed + static_cast<unsigned>(i));
-    ParallelFor& pool = i % 2 == 0 ? static_cast<ParallelFor&>(one) : four;
-    CheckDispatch(random, pool);
-    CheckCombine(random, pool);
-    CheckGroupedMatMul(random, pool);
-    CheckRouter(random, pool);
-    if (failures > 0) std::fprintf(stderr, "seed %u\n", seed + static_cast<unsigned>(i));
-  }
-  std::printf("%d cases, %d failures\n", cases, failures);
-  return failures == 0 ? 0 : 1;
-}
-
 }  // namespace
 }  // namespace moe_export::cpu
 
-int main(int argc, char** argv) { return moe_export::cpu::Main(argc, argv); }
+int main(int argc, char** argv) {
+  using namespace moe_export::cpu;
+  return RunChecks({&CheckDispatch, &CheckCombine, &CheckGroupedMatMul, &CheckRouter}, argc, argv);
+}
