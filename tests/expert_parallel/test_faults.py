@@ -190,31 +190,24 @@ def test_rank_0_stands_still_without_a_run(tmp_path: Path, bundle: Path) -> None
     assert gone(tmp_path)
 
 
-def test_a_rank_that_comes_too_late_ends_all(tmp_path: Path, bundle: Path) -> None:
+@pytest.mark.parametrize(
+    ("act", "said"),
+    [
+        ("time.sleep(60)", "rank 0 of 3: MPI did not start for 4 s (time limit 4 s)"),
+        pytest.param("raise SystemExit(5)", "MPI did not start", marks=pytest.mark.slow),
+    ],
+    ids=["late", "ended"],
+)
+def test_a_rank_that_does_not_serve_ends_all(tmp_path: Path, bundle: Path, act: str, said: str) -> None:
     text = (
         "import sys, time\nfrom moe_export.runtime import launched, load, serve_rank\n"
-        "if launched().rank == 1:\n    time.sleep(60)\n"
+        f"if launched().rank == 1:\n    {act}\n"
         "if launched().rank:\n    serve_rank(sys.argv[1])\n"
         "else:\n    load(sys.argv[1])\n    print('numbers')\n"
     )
-    done = mpiexec(3, *script(tmp_path, "late", text), bundle, MOE_EXPORT_EP_TIMEOUT=str(LIMIT))
+    done = mpiexec(3, *script(tmp_path, "absent", text), bundle, MOE_EXPORT_EP_TIMEOUT=str(LIMIT))
     assert done.code != 0 and "numbers" not in done.out
-    assert len(done.errors) == 1, done.err
-    assert "rank 0 of 3: MPI did not start for 4 s (time limit 4 s)" in done.errors[0]
-    assert done.seconds < LIMIT + SLACK
-
-
-@pytest.mark.slow
-def test_a_rank_that_ends_before_it_serves_ends_all(tmp_path: Path, bundle: Path) -> None:
-    text = (
-        "import sys\nfrom moe_export.runtime import launched, load, serve_rank\n"
-        "if launched().rank == 1:\n    raise SystemExit(5)\n"
-        "if launched().rank:\n    serve_rank(sys.argv[1])\n"
-        "else:\n    load(sys.argv[1])\n    print('numbers')\n"
-    )
-    done = mpiexec(3, *script(tmp_path, "early", text), bundle, MOE_EXPORT_EP_TIMEOUT=str(LIMIT))
-    assert done.code != 0 and "numbers" not in done.out
-    assert len(done.errors) == 1 and "MPI did not start" in done.errors[0], done.err
+    assert len(done.errors) == 1 and said in done.errors[0], done.err
     assert done.seconds < LIMIT + SLACK
 
 
