@@ -47,7 +47,7 @@ def test_a_presets_first_layers(tool: Any) -> None:
 
 def result(**changes: Any) -> dict[str, Any]:
     return {
-        "model": "mixtral-8x7b", "layers": 4, "sparse": False, "weight_bytes": 12_000_000_000,
+        "model": "mixtral-8x7b", "layers": 4, "sparse": False, "fp8": False, "weight_bytes": 12_000_000_000,
         "load_average": 1.0, "read_s": [10.0, 14.0], "export_s": 30.0, "export_to_read": 2.5, "open_s": 1.0,
         "libraries_rss": 2**29, "export_rss": 2**30, "written_bytes": 12_000_000, "notes": ["a note"],
         **changes,
@@ -68,6 +68,28 @@ def test_a_measurement_is_told(tool: Any, capsys: pytest.CaptureFixture[str]) ->
     assert "| 30.0 s |" in text and "times the read" not in text
 
 
+def test_what_is_over_its_limit_is_named(tool: Any) -> None:
+    assert tool.over_limits(result(load_rss=19 * 10**8, written_bytes=11_000_000)) == []
+    missed = tool.over_limits(
+        result(export_rss=3 * 2**30, export_to_read=3.61, written_bytes=10**9, load_rss=21 * 10**8)
+    )
+    assert missed == [
+        "export's memory above the libraries', GiB: 2.5, at most 1.5",
+        "export's time in sequential reads: 3.61, at most 3.0",
+        "share of the weights that was written: 0.0833, at most 0.01",
+        "ONNX Runtime's memory, GB: 2.1, at most 2.0",
+    ]
+
+
+@pytest.mark.slow
+def test_a_small_model_in_float8_is_measured_whole(tmp_path: Path, tool: Any) -> None:
+    measured = tool.measure(tmp_path, CONFIG, None, sparse=False, fp8=True, run=True)
+    assert "finite" in measured["run"] and "NOT" not in measured["run"]
+    assert measured["export_to_read"] > 0 and len(measured["read_s"]) == 2
+    assert any("referenced" in note for note in measured["notes"])
+    assert not (tmp_path / "export").exists()
+
+
 def test_files_are_read_from_front_to_back(tmp_path: Path, tool: Any) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(3 << 20))
@@ -76,4 +98,4 @@ def test_files_are_read_from_front_to_back(tmp_path: Path, tool: Any) -> None:
 
 def test_a_child_that_fails_ends_the_measurement(tool: Any) -> None:
     with pytest.raises(SystemExit, match="export failed: .*UsageError: weights: reference is for a model"):
-        tool._child("export", "no-such-folder", "output")
+        tool._child("export", "no-such-folder", "output", "20")
