@@ -13,7 +13,7 @@ import torch
 from torch.utils._sympy.numbers import int_oo
 
 from ..errors import ExportError
-from ..graph.exact_rewrites import exact_rewrites, weights_where_they_lie
+from ..graph.exact_rewrites import exact_rewrites, pairs_by_kind, weights_where_they_lie
 from ..graph.functions import attach_functions
 from ..graph.names import move_aside
 from ..models.patches import step_differs
@@ -156,7 +156,7 @@ def trace(
 
     shapes = _dynamic_shapes(plan.io)
     names = [spec.name for spec in plan.io.inputs]
-    with _quiet(), torch.no_grad(), library_patches(), exact_rewrites():
+    with _quiet(), torch.no_grad(), library_patches(), exact_rewrites(), pairs_by_kind():
         dynamic = (*shapes[:2], tuple(shapes[2:])) if _has_rest(plan) else (tuple(shapes),)
         try:
             program = torch.export.export(plan.module, plan.sample, dynamic_shapes=dynamic, strict=False)

@@ -7,7 +7,7 @@ import importlib
 import pytest
 import torch
 
-from moe_export.graph.exact_rewrites import exact_rewrites
+from moe_export.graph.exact_rewrites import exact_rewrites, pairs_by_kind
 from moe_export.models.families import FAMILIES, tiny_model
 from moe_export.models.library_blocks import library_blocks, library_blocks_watched
 from moe_export.models.patches import PATCHES, family_patches
@@ -167,3 +167,33 @@ def test_small_constants_survive_the_optimizer() -> None:
         kept = export()
     assert kept.count("Add") == 1 and "Mul" in kept
     assert "Add" not in export()
+
+
+def test_two_slices_become_a_split_without_listing_the_graph_for_each_node(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import onnx.parser
+    import onnx_ir as ir
+    import onnxscript.optimizer
+
+    tanhs = " ".join(f"h{i + 1} = Tanh(h{i})" for i in range(100))
+    text = f"""<ir_version: 10, opset_import: ["": 20]> g (float[2, 8] h0) => (float[2, 4] y)
+        <int64[1] zero = {{0}}, int64[1] four = {{4}}, int64[1] eight = {{8}}, int64[1] last = {{-1}}>
+        {{ {tanhs} b = Slice(h100, four, eight, last) a = Slice(h100, zero, four, last) y = Mul(a, b) }}"""
+    listed = []
+    iterate = ir.Graph.__iter__
+    monkeypatch.setattr(ir.Graph, "__iter__", lambda graph: listed.append(1) or iterate(graph))
+
+    def optimized() -> tuple[list[str], int]:
+        model = ir.from_proto(onnx.parser.parse_model(text))
+        listed.clear()
+        onnxscript.optimizer.optimize(model)
+        count = len(listed)
+        return [node.op_type for node in model.graph], count
+
+    plain, often = optimized()
+    with pairs_by_kind():
+        quick, seldom = optimized()
+    assert plain == quick and "Split" in quick
+    assert often > 100 > seldom, "onnxscript no longer lists the graph for each node: drop pairs_by_kind"
+    assert optimized()[1] == often
