@@ -153,7 +153,7 @@ def _scales(stored: StoredWeights, tensors: tuple[str, ...], name: str) -> ir.Te
 
     parts = [stored.checkpoint.quantized[tensor].parts["scale"] for tensor in tensors]
     made = ir.LazyTensor(
-        lambda: ir.tensor(np.stack([stored.part(part).numpy() for part in parts])),
+        lambda: ir.tensor(np.stack([part.numpy() for part in stored.parts(parts)])),
         dtype=ir.DataType.FLOAT,
         shape=ir.Shape((len(parts), *stored.checkpoint.tensors[parts[0]].shape)),
         name=name,

@@ -7,7 +7,8 @@ table of conversions is read, so that what needs no change can be used where it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,6 +101,15 @@ class StoredWeights:
 
         with safe_open(self.path(name), framework="pt") as shard:
             return shard.get_tensor(name) if row is None else shard.get_slice(name)[row : row + 1]
+
+    def parts(self, names: Sequence[str]) -> list[torch.Tensor]:
+        """Tensors as they lie in their files; each file is opened, and its header read, once."""
+        from safetensors import safe_open
+
+        with ExitStack() as stack:
+            paths = dict.fromkeys(self.path(name) for name in names)
+            opened = {path: stack.enter_context(safe_open(path, framework="pt")) for path in paths}
+            return [opened[self.path(name)].get_tensor(name) for name in names]
 
     def weight(self, name: str) -> torch.Tensor:
         """One weight of the model, read now, in the dtype it is stored in."""
