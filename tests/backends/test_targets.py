@@ -22,6 +22,7 @@ from moe_export.importer.sources import load_source
 from moe_export.models.families import tiny_model
 from moe_export.models.reference import ReferenceModel
 from moe_export.passes.pipelines import PIPELINES
+from tests.helpers.one_export import one_export
 
 torch.set_num_threads(1)
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.15, "float16": 0.1}
@@ -40,16 +41,9 @@ def exported(model: torch.nn.Module) -> ExportedModel:
 
 
 @pytest.fixture
-def reused(exported: ExportedModel) -> Iterator[pytest.MonkeyPatch]:
-    """Inside, builds take the one export there is; a pass changes a copy."""
-
-    def again(loaded: Any, *, dtype: str = "float32", **_options: Any) -> ExportedModel:
-        assert dtype in ("float32", "bfloat16")
-        return dataclasses.replace(exported, model=exported.model.clone(), source=loaded, dtype=dtype)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moe_export.importer.export.export_model", again)
-        yield patch
+def reused(exported: ExportedModel) -> Iterator[None]:
+    with one_export(exported):
+        yield
 
 
 def ids_of(batch: int, length: int) -> np.ndarray:

@@ -35,6 +35,7 @@ from moe_export.verify.merged_session import merged_bundle
 from moe_export.verify.simulate import load_simulated
 from tests.backends.trt.small import recipe
 from tests.expert_parallel.mpi import COMMAND, mpiexec, needs_mpi
+from tests.helpers.one_export import one_export
 
 torch.set_num_threads(1)
 pytest.importorskip("tensorrt_rtx")
@@ -104,15 +105,7 @@ def exported(model: torch.nn.Module) -> ExportedModel:
 
 @pytest.fixture(scope="module", autouse=True)
 def reused(exported: ExportedModel) -> Iterator[None]:
-    """Builds of ``model`` take the one export there is; passes change a copy."""
-
-    def again(loaded: Any, *, dtype: str = "float32", **_options: Any) -> ExportedModel:
-        if loaded.module is not exported.source.module:
-            return export_model(loaded, dtype=dtype)
-        return dataclasses.replace(exported, model=exported.model.clone(), source=loaded, dtype=dtype)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moe_export.importer.export.export_model", again)
+    with one_export(exported):
         yield
 
 

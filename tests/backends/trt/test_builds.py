@@ -3,7 +3,6 @@ refused."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import subprocess
@@ -30,6 +29,7 @@ from moe_export.models.families import tiny_model
 from moe_export.models.reference import ReferenceModel
 from moe_export.runtime.gpu import GpuEngine, GpuStepper, NoTraces
 from moe_export.schema import Manifest
+from tests.helpers.one_export import one_export
 
 torch.set_num_threads(1)
 without_gpu = pytest.mark.skipif(gpu_sm() is not None, reason="a machine without a GPU is what it is about")
@@ -46,46 +46,25 @@ def exported(model: torch.nn.Module) -> ExportedModel:
     return export_model(model)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def reused(exported: ExportedModel) -> Iterator[None]:
-    """Builds take the one export there is; passes change a copy."""
-
-    def again(loaded: Any, *, dtype: str = "float32", **_options: Any) -> ExportedModel:
-        assert dtype in ("float32", "bfloat16")
-        return dataclasses.replace(exported, model=exported.model.clone(), source=loaded, dtype=dtype)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moe_export.importer.export.export_model", again)
+    with one_export(exported):
         yield
 
 
 @pytest.fixture(scope="module")
-def rtx(model: torch.nn.Module, exported: ExportedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def rtx(model: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle for two SMs in bfloat16, verified by simulation."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "moe_export.importer.export.export_model",
-            lambda loaded, dtype, **_: dataclasses.replace(
-                exported, model=exported.model.clone(), source=loaded, dtype=dtype
-            ),
-        )
-        folder = tmp_path_factory.mktemp("rtx") / "b"
-        moe_export.build(model, folder, target="tensorrt-rtx", sm=(80, 120), dtype="bfloat16", **OPTIONS)
+    folder = tmp_path_factory.mktemp("rtx") / "b"
+    moe_export.build(model, folder, target="tensorrt-rtx", sm=(80, 120), dtype="bfloat16", **OPTIONS)
     return folder
 
 
 @pytest.fixture(scope="module")
-def left(model: torch.nn.Module, exported: ExportedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def left(model: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle for standard TensorRT, without the GPU."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "moe_export.importer.export.export_model",
-            lambda loaded, dtype, **_: dataclasses.replace(
-                exported, model=exported.model.clone(), source=loaded, dtype=dtype
-            ),
-        )
-        folder = tmp_path_factory.mktemp("left") / "b"
-        moe_export.build(model, folder, target="tensorrt", sm=(89,), verify=False, **OPTIONS)
+    folder = tmp_path_factory.mktemp("left") / "b"
+    moe_export.build(model, folder, target="tensorrt", sm=(89,), verify=False, **OPTIONS)
     return folder
 
 
