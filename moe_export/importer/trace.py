@@ -13,9 +13,9 @@ import torch
 from torch.utils._sympy.numbers import int_oo
 
 from ..errors import ExportError
-from ..graph.exact_rewrites import exact_rewrites, pairs_by_kind, weights_where_they_lie
 from ..graph.functions import attach_functions
 from ..graph.names import move_aside
+from ..graph.onnxscript_rewrites import exact_rewrites, pairs_by_kind, weights_where_they_lie
 from ..models.patches import step_differs
 from ..ops.torch_ops import translation_table
 from ..schema import ModelIO

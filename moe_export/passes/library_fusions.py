@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..graph.exact_rewrites import exact_rewrites
 from ..graph.functions import attach_functions
 from ..graph.moe_values import rename_moe_values
+from ..graph.onnxscript_rewrites import exact_rewrites
 from ..schema import Decision
 from .base import Pass, PassContext
 from .fusion_steps import steps_replaced

@@ -7,7 +7,7 @@ import importlib
 import pytest
 import torch
 
-from moe_export.graph.exact_rewrites import exact_rewrites, pairs_by_kind
+from moe_export.graph.onnxscript_rewrites import exact_rewrites, pairs_by_kind
 from moe_export.models.families import FAMILIES, tiny_model
 from moe_export.models.library_blocks import library_blocks, library_blocks_watched
 from moe_export.models.patches import PATCHES, family_patches

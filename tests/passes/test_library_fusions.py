@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moe_export.graph.exact_rewrites import exact_rewrites
+from moe_export.graph.onnxscript_rewrites import exact_rewrites
 from moe_export.passes.library_fusions import LibraryFusions
 
 from .moe_graphs import SOFTMAX_RENORMALISED, context_of, layer_text, layer_weights, model_of, run, tokens
