@@ -17,6 +17,7 @@ from .weight_sources import AsStored, PerExpert, StoredWeights, WeightSource
 if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
+    from numpy.typing import NDArray
 
 INLINE = 8192
 """Elements up to which a weight is kept in the graph: what optimisers fold."""
@@ -45,11 +46,7 @@ def refer_to_weights(model: ir.Model, stored: StoredWeights, prefix: str = "mode
         source = stored.sources.get(name)
         held = value.const_value
         if source is None:
-            if held is not None and held.size > INLINE and _hollow(held):
-                raise ExportError(
-                    f"initializer {value.name!r} of {held.size} elements was made from weights that were not "
-                    "loaded; export with --weights load"
-                )
+            refuse_hollow(value)
             continue
         if held is None:
             continue
@@ -67,9 +64,19 @@ def refer_to_weights(model: ir.Model, stored: StoredWeights, prefix: str = "mode
             _cast_at_use(graph, value, tensor.dtype)
 
 
-def _hollow(tensor: Any) -> bool:
-    """Whether a large tensor looks like one that nobody filled in."""
-    return bool(tensor.dtype.is_floating_point()) and not tensor.numpy().any()
+def refuse_hollow(value: ir.Value) -> None:
+    """Refuse an initializer that is no weight of the model and looks like one that nobody filled in.
+
+    Raises:
+        ExportError: it is large and all its numbers are zero.
+    """
+    held = value.const_value
+    if held is None or held.size <= INLINE or not held.dtype.is_floating_point() or held.numpy().any():
+        return
+    raise ExportError(
+        f"initializer {value.name!r} of {held.size} elements was made from weights that were not loaded; "
+        "export with --weights load"
+    )
 
 
 def _tensor(
@@ -115,10 +122,11 @@ def prefix_of(name: str) -> str:
 
 
 def _numpy(stored: StoredWeights, name: str, dtype: ir.DataType) -> Any:
-    return _as_numpy(stored.weight(name), dtype)
+    return as_numpy(stored.weight(name), dtype)
 
 
-def _as_numpy(tensor: torch.Tensor, dtype: ir.DataType) -> Any:
+def as_numpy(tensor: torch.Tensor, dtype: ir.DataType) -> NDArray[Any]:
+    """A tensor as numbers of ``dtype``; NumPy itself has no bfloat16."""
     import ml_dtypes
     import torch
 
@@ -196,10 +204,10 @@ def _streamed(stored: StoredWeights, tensor: str, name: str) -> ir.TensorProtoco
 
         def tofile(self, file: Any) -> None:
             for piece in stored.pieces(tensor):
-                file.write(_as_numpy(piece, dtype).reshape(-1).view("u1").data)
+                file.write(as_numpy(piece, dtype).reshape(-1).view("u1").data)
 
     return Streamed(
-        lambda: ir.tensor(_as_numpy(stored.tensor(tensor), dtype), dtype=dtype),
+        lambda: ir.tensor(as_numpy(stored.tensor(tensor), dtype), dtype=dtype),
         dtype=dtype,
         shape=ir.Shape(held.shape),
         name=name,

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ExportError
-from .referenced import INLINE
+from .referenced import INLINE, as_numpy, refuse_hollow
 from .weight_sources import AsStored, PerExpert, StoredWeights, WeightSource
 
 if TYPE_CHECKING:
@@ -38,13 +37,9 @@ def stream_weights(model: ir.Model, stored: StoredWeights, prefix: str = "model.
             continue
         source = stored.sources.get(name)
         if source is None:
-            if held.size > INLINE and held.dtype.is_floating_point() and not held.numpy().any():
-                raise ExportError(
-                    f"initializer {value.name!r} of {held.size} elements was made from weights that were not "
-                    "loaded; export with --weights load"
-                )
+            refuse_hollow(value)
         elif held.size <= INLINE:
-            array = _array(stored.weight(name), held.dtype)
+            array = as_numpy(stored.weight(name), held.dtype)
             value.const_value = ir.tensor(array, dtype=held.dtype, name=value.name)
         else:
             value.const_value = _tensor(stored, name, source, value, held.dtype)
@@ -65,7 +60,7 @@ def _tensor(
         experts = tuple(zip(*source.parts, strict=True))
 
         def matrices() -> Matrices:
-            return lambda e: np.concatenate([_array(stored.tensor(n), dtype) for n in experts[e]])
+            return lambda e: np.concatenate([as_numpy(stored.tensor(n), dtype) for n in experts[e]])
 
         return ExpertStack(matrices, dtype, shape, value.name)
     if isinstance(source, AsStored) and len(shape) == 3 and _plain(stored, source.tensor):
@@ -75,13 +70,13 @@ def _tensor(
     quantized = stored.checkpoint.quantized.get(source.tensor) if isinstance(source, AsStored) else None
     if quantized is not None and quantized.stack and len(shape) == 3:
         held = quantized.name
-        return ExpertStack(lambda: lambda e: _array(stored.piece(held, e), dtype), dtype, shape, value.name)
+        return ExpertStack(lambda: lambda e: as_numpy(stored.piece(held, e), dtype), dtype, shape, value.name)
 
     def whole() -> ir.TensorProtocol:
         if isinstance(source, AsStored) and _plain(stored, source.tensor):
             array = _read(stored, source.tensor, dtype)
         else:
-            array = _array(stored.weight(name), dtype)
+            array = as_numpy(stored.weight(name), dtype)
         return ir.tensor(array, dtype=dtype)
 
     return ir.LazyTensor(whole, dtype=dtype, shape=ir.Shape(shape), name=value.name)
@@ -109,17 +104,6 @@ def _read(stored: StoredWeights, tensor: str, dtype: ir.DataType, index: int | N
         begin += index * math.prod(shape) * kind.itemsize
     bits = np.fromfile(stored.path(tensor), np.dtype(f"u{kind.itemsize}"), math.prod(shape), offset=begin)
     return bits.view(kind).reshape(shape).astype(dtype.numpy(), copy=False)
-
-
-def _array(tensor: Any, dtype: ir.DataType) -> NDArray[Any]:
-    """A torch tensor as numbers of ``dtype``."""
-    import ml_dtypes
-    import torch
-
-    tensor = tensor.contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16).astype(dtype.numpy(), copy=False)
-    return tensor.numpy().astype(dtype.numpy(), copy=False)
 
 
 def _turn(graph: ir.Graph) -> None:
