@@ -82,11 +82,25 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
             subprocess.run([*inside, "addr", "add", f"{address}/24", "dev", cable], check=True)
             subprocess.run([*inside, "link", "set", cable, "up"], check=True)
             subprocess.run([*inside, "link", "set", "lo", "up"], check=True)
+        for name, cable in zip(names, cables, strict=True):
+            _wait_until_up(name, cable)
         yield _disks(tmp_path, names, cables[1])
     finally:
         for name, code in zip(names, made, strict=True):
             if not code:
                 subprocess.run(["ip", "netns", "delete", name], check=True)
+
+
+def _wait_until_up(name: str, cable: str) -> None:
+    """The kernel may take a second to see that a cable has two ends; until then MPI does not take it."""
+    until = time.monotonic() + 20
+    command = ["ip", "-n", name, "link", "show", cable]
+    while True:
+        shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        if " state UP " in shown:
+            return
+        assert time.monotonic() < until, shown
+        time.sleep(0.05)
 
 
 def _disks(folder: Path, names: tuple[str, str], cable: str) -> Hosts:
