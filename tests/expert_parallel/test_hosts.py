@@ -26,6 +26,9 @@ pytestmark = [pytest.mark.slow, needs_mpi]
 
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 LIMIT = 4.0
+UNREACHABLE = "no active messages transport to"
+"""What MPI says when it starts and finds no way to the other rank: once in many runs on a busy machine,
+though the cable is there. No code of ours has run then."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,11 @@ class Hosts:
         )
 
     def run(self, *words: str | Path) -> Done:
-        return finish(self.start(words), 90)
+        for _ in range(3):
+            done = finish(self.start(words), 90)
+            if UNREACHABLE not in done.err:
+                break
+        return done
 
     def sent(self) -> int:
         """Bytes that the second host sent so far."""
@@ -155,10 +162,15 @@ def test_a_cable_that_is_pulled_out(hosts: Hosts, tmp_path: Path) -> None:
         "    while time.monotonic() < ended:\n        session.generate('hello', max_new_tokens=20)\n"
         "        Path(sys.argv[2]).touch()\nprint('numbers')\n"
     )
-    process = hosts.start([*script(tmp_path, "loop", text), hosts.bundle, tmp_path / "running"])
+    words = [*script(tmp_path, "loop", text), hosts.bundle, tmp_path / "running"]
+    process = hosts.start(words)
     until = time.monotonic() + 60
     while not (tmp_path / "running").exists():
-        assert time.monotonic() < until and process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        if process.poll() is not None:
+            ended = finish(process)
+            assert UNREACHABLE in ended.err, ended.err
+            process = hosts.start(words)
         time.sleep(0.05)
     subprocess.run(["ip", "-n", hosts.names[1], "link", "set", hosts.cable, "down"], check=True)
     began = time.monotonic()
