@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import psutil
 import pytest
 from onnx import numpy_helper
 
 from moe_export.backends.onnxruntime.plugin import cpu_plugin_problem
 from moe_export.bundle.manifest import read_manifest
 from tests.expert_parallel.mpi import COMMAND, Done, finish, mpiexec, needs_mpi, script, start
+from tests.helpers.processes import has_ended
 from tests.helpers.rank_bundle import make_rank_bundle
 from tests.helpers.tiny_bundle import make_tiny_bundle, write_manifest
 
@@ -86,11 +86,10 @@ def disturbed(
 
 
 def gone(folder: Path) -> bool:
-    """Whether no process of the run is left (but for its entry, where nobody asks how it ended)."""
-    time.sleep(0.5)
+    """Whether no process of the run is left."""
     pids = [int(file.read_text()) for file in folder.glob("pid*")]
     assert len(pids) == 3
-    return not any(psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE for p in pids)
+    return all(has_ended(pid) for pid in pids)
 
 
 def test_a_rank_that_is_killed_ends_all(tmp_path: Path, bundle: Path) -> None:

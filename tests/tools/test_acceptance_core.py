@@ -6,10 +6,10 @@ import json
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
 from moe_export.errors import UsageError
+from tests.helpers.processes import has_ended
 from tools.acceptance_core import (
     EXIT_FAILED,
     EXIT_PASSED,
@@ -122,8 +122,7 @@ def test_what_a_stopped_check_started_is_stopped_too(tmp_path: Path) -> None:
         "time.sleep(60)"
     )
     assert run_child(check("a", code, timeout=3)).reason == "stopped after 3 s"
-    pid = int(mark.read_text())
-    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    assert has_ended(int(mark.read_text()))
 
 
 def test_a_check_sees_its_own_gpu_only() -> None:

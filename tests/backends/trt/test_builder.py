@@ -13,7 +13,6 @@ import types
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from moe_export.backends.trt import build_engine
@@ -22,6 +21,7 @@ from moe_export.backends.trt.library import library_problem, make_link_folder
 from moe_export.errors import BuildError, EnvironmentLacksError
 from moe_export.sms import FIRST_SM, sms_of
 from tests.backends.trt.small import recipe, write_network
+from tests.helpers.processes import has_ended
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -130,19 +130,10 @@ def test_a_killed_build_leaves_no_builder_and_no_bundle(tmp_path: Path, number: 
     child = int(note.read_text())
     parent.send_signal(number)
     parent.wait()
-    while _runs(child) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not _runs(child)
+    assert has_ended(child, within=60)
     assert not (tmp_path / "out").exists()
     if number == signal.SIGTERM:
         assert not list(tmp_path.glob(".out.partial*")), "what SIGKILL leaves, the next build removes"
-
-
-def _runs(process: int) -> bool:
-    try:
-        return bool(psutil.Process(process).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
 
 
 def test_the_link_folder_gives_the_wheels_libraries_their_bare_names(tmp_path: Path) -> None:
