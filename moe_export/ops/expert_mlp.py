@@ -193,9 +193,16 @@ def _unpacking(gated: bool) -> str:
     """
 
 
-def body(attributes: Mapping[str, Any], _opset: int) -> str:
+def expert_chain(attributes: Mapping[str, Any], up: str, down: str) -> str:
+    """Body lines of a whole layer around its two products.
+
+    Args:
+        attributes: ``biased``, and those of :func:`activation_lines`.
+        up: lines that make ``inner_f32`` of ``rows``, the tokens of each expert in turn (``offsets``). They
+            may use the constants ``zero_0d``, ``one_0d`` and ``last_1d``.
+        down: lines that make ``outer_f32`` of ``activated``.
+    """
     bias_1 = bias_2 = ""
-    up, down = ("up_matrix", "down_matrix") if attributes["packed"] else ("up", "down")
     inner_in, outer_in = "inner_f32", "outer_f32"
     if attributes["biased"]:
         bias_1 = (
@@ -207,9 +214,7 @@ def body(attributes: Mapping[str, Any], _opset: int) -> str:
             " down_bias_f32 = Cast <to = 1> (down_bias_rows)\n outer_b = Add (outer_f32, down_bias_f32)"
         )
         inner_in, outer_in = "inner_b", "outer_b"
-    t = attributes["transposed"]
     return f"""
-    {_unpacking(bool(attributes["gated"])) if attributes["packed"] else ""}
     order, offsets, tokens = moe_export.Dispatch
         <num_experts : int = @num_experts, drops = 1, layer : string = @layer> (expert_ids)
     hidden_f32 = Cast <to = 1> (hidden)
@@ -224,10 +229,10 @@ def body(attributes: Mapping[str, Any], _opset: int) -> str:
     highest = Sub (experts, one_0d)
     owner_low = Max (owner_64, zero_0d)
     owner = Min (owner_low, highest)
-    inner_f32 = moe_export.GroupedMatMul <transposed = {t}> (rows, {up}, offsets)
+    {up}
     {bias_1}
     {activation_lines(attributes, inner_in, "activated")}
-    outer_f32 = moe_export.GroupedMatMul <transposed = {t}> (activated, {down}, offsets)
+    {down}
     {bias_2}
     is_low = Less (owner_64, zero_0d)
     is_high = Greater (owner_64, highest)
@@ -237,6 +242,20 @@ def body(attributes: Mapping[str, Any], _opset: int) -> str:
     masked = Where (absent_column, zero_f, {outer_in})
     summed = moe_export.Combine (masked, order, weights)
     out = CastLike (summed, hidden)
+    """
+
+
+def body(attributes: Mapping[str, Any], _opset: int) -> str:
+    up, down = ("up_matrix", "down_matrix") if attributes["packed"] else ("up", "down")
+    t = attributes["transposed"]
+    chain = expert_chain(
+        attributes,
+        f"inner_f32 = moe_export.GroupedMatMul <transposed = {t}> (rows, {up}, offsets)",
+        f"outer_f32 = moe_export.GroupedMatMul <transposed = {t}> (activated, {down}, offsets)",
+    )
+    return f"""
+    {_unpacking(bool(attributes["gated"])) if attributes["packed"] else ""}
+    {chain}
     """
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import expert_mlp
 from .contract import FLOAT_TOLERANCE, FLOAT_TYPES, Attribute, OpContract, Param
-from .expert_mlp import ACTIVATIONS, activation_lines
+from .expert_mlp import ACTIVATIONS, expert_chain
 
 if TYPE_CHECKING:
     import numpy as np
@@ -150,39 +150,12 @@ def _product(p: str, source: str, target: str, gated: bool, columns: str, bits: 
 
 
 def body(attributes: Mapping[str, Any], _opset: int) -> str:
-    bias_1 = bias_2 = ""
-    inner_in, outer_in = "inner_f32", "outer_f32"
-    if attributes["biased"]:
-        bias_1 = (
-            "up_bias_rows = Gather <axis = 0> (up_bias, owner)\n up_bias_f32 = Cast <to = 1> (up_bias_rows)\n"
-            " inner_b = Add (inner_f32, up_bias_f32)"
-        )
-        bias_2 = (
-            "down_bias_rows = Gather <axis = 0> (down_bias, owner)\n"
-            " down_bias_f32 = Cast <to = 1> (down_bias_rows)\n outer_b = Add (outer_f32, down_bias_f32)"
-        )
-        inner_in, outer_in = "inner_b", "outer_b"
     form = attributes["bits"], attributes["block"]
-    activation = {**attributes, "layout": "concatenated"}
-    return f"""
-    order, offsets, tokens = moe_export.Dispatch
-        <num_experts : int = @num_experts, drops = 1, layer : string = @layer> (expert_ids)
-    hidden_f32 = Cast <to = 1> (hidden)
-    rows = Gather <axis = 0> (hidden_f32, tokens)
+    up = f"""
     zero_1d = Constant <value_ints = [0]> ()
     one_1d = Constant <value_ints = [1]> ()
-    last_1d = Constant <value_ints = [-1]> ()
     int_max_1d = Constant <value_ints = [9223372036854775807]> ()
-    zero_0d = Constant <value_int = 0> ()
-    one_0d = Constant <value_int = 1> ()
     true = Constant <value = bool {{1}}> ()
-    flat_ids = Reshape (expert_ids, last_1d)
-    owner_raw = Gather <axis = 0> (flat_ids, order)
-    owner_64 = Cast <to = 7> (owner_raw)
-    experts = Constant <value_int : int = @num_experts> ()
-    highest = Sub (experts, one_0d)
-    owner_low = Max (owner_64, zero_0d)
-    owner = Min (owner_low, highest)
     starts = Slice (offsets, zero_1d, last_1d, zero_1d)
     ends = Slice (offsets, one_1d, int_max_1d, zero_1d)
     counts = Sub (ends, starts)
@@ -199,20 +172,9 @@ def body(attributes: Mapping[str, Any], _opset: int) -> str:
     block_1d = Constant <value_ints = [{attributes["block"]}]> ()
     inner_blocks = Shape <start = 2, end = 3> (down_scales)
     inner_size = Mul (inner_blocks, block_1d)
-    {_product("up", "rows", "inner_f32", bool(attributes["gated"]), "inner_size", *form)}
-    {bias_1}
-    {activation_lines(activation, inner_in, "activated")}
-    {_product("down", "activated", "outer_f32", False, "outer_size", *form)}
-    {bias_2}
-    is_low = Less (owner_64, zero_0d)
-    is_high = Greater (owner_64, highest)
-    absent = Or (is_low, is_high)
-    absent_column = Unsqueeze (absent, last_1d)
-    zero_f = Constant <value_float = 0.0> ()
-    masked = Where (absent_column, zero_f, {outer_in})
-    summed = moe_export.Combine (masked, order, weights)
-    out = CastLike (summed, hidden)
-    """
+    {_product("up", "rows", "inner_f32", bool(attributes["gated"]), "inner_size", *form)}"""
+    down = _product("down", "activated", "outer_f32", False, "outer_size", *form)
+    return expert_chain({**attributes, "layout": "concatenated"}, up, down)
 
 
 def _conflict(attributes: Mapping[str, Any]) -> str:
