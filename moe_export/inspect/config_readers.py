@@ -89,6 +89,33 @@ def _window(fields: Fields, default: int | None, switch: str | None = None) -> i
     return fields.optional_size("sliding_window") if fields.given("sliding_window") else default
 
 
+def _experts(
+    fields: Fields,
+    index: int,
+    count: int,
+    inner: int,
+    routing: dict[str, Any],
+    *,
+    bias: bool = False,
+    shared: tuple[Linear, ...] = (),
+    shared_experts: int = 0,
+    block: str = "mlp",
+) -> MoE:
+    """Gated experts behind one linear router, in layer ``index``. ``bias``: of router and experts."""
+    hidden = fields.size("hidden_size")
+    return MoE(
+        count,
+        fields.size("num_experts_per_tok"),
+        gated(hidden, inner, bias),
+        inner,
+        (Linear(hidden, count, bias),),
+        shared,
+        shared_experts,
+        f"model.layers.{index}.{block}.experts",
+        routing,
+    )
+
+
 def _router_facts(fields: Fields, name: str, **defaults: Any) -> dict[str, Any]:
     """What :func:`moe_export.inspect.layers.find_expert_blocks` reports of the built module.
 
@@ -122,16 +149,11 @@ def _mixtral(fields: Fields) -> Architecture:
     hidden, inner = fields.size("hidden_size"), fields.size("intermediate_size")
     experts = fields.size("num_local_experts")
     attention = grouped_query(fields, window=_window(fields, None))
+    routing = {"router": "MixtralTopKRouter"}
     layers = tuple(
-        Layer(
-            attention,
-            MoE(experts, fields.size("num_experts_per_tok"), gated(hidden, inner), inner,
-                (Linear(hidden, experts),), name=f"model.layers.{i}.mlp.experts",
-                routing={"router": "MixtralTopKRouter"}),
-            2 * hidden,
-        )
+        Layer(attention, _experts(fields, i, experts, inner, routing), 2 * hidden)
         for i in range(_depth(fields))
-    )  # fmt: skip
+    )
     return assemble(fields, "MixtralForCausalLM", layers)
 
 
@@ -139,16 +161,11 @@ def _phimoe(fields: Fields) -> Architecture:
     hidden, inner = fields.size("hidden_size"), fields.size("intermediate_size")
     experts, bias = fields.size("num_local_experts"), fields.flag("attention_bias", False)
     attention = grouped_query(fields, bias=bias, output_bias=bias, window=_window(fields, None))
+    routing = {"router": "PhimoeTopKRouter"}
+    norms = 4 * hidden  # weight and bias of two LayerNorms
     layers = tuple(
-        Layer(
-            attention,
-            MoE(experts, fields.size("num_experts_per_tok"), gated(hidden, inner), inner,
-                (Linear(hidden, experts),), name=f"model.layers.{i}.mlp.experts",
-                routing={"router": "PhimoeTopKRouter"}),
-            4 * hidden,  # weight and bias of two LayerNorms
-        )
-        for i in range(_depth(fields))
-    )  # fmt: skip
+        Layer(attention, _experts(fields, i, experts, inner, routing), norms) for i in range(_depth(fields))
+    )
     return assemble(
         fields,
         "PhimoeForCausalLM",
@@ -164,16 +181,13 @@ def _granitemoe(fields: Fields) -> Architecture:
     attention = grouped_query(
         fields, bias=bias, output_bias=bias, head_dim=hidden // fields.size("num_attention_heads")
     )
+    routing = {"router": "GraniteMoeTopKRouter"}
     layers = tuple(
         Layer(
-            attention,
-            MoE(experts, fields.size("num_experts_per_tok"), gated(hidden, inner), inner,
-                (Linear(hidden, experts),), name=f"model.layers.{i}.block_sparse_moe.experts",
-                routing={"router": "GraniteMoeTopKRouter"}),
-            2 * hidden,
+            attention, _experts(fields, i, experts, inner, routing, block="block_sparse_moe"), 2 * hidden
         )
         for i in range(_depth(fields))
-    )  # fmt: skip
+    )
     return assemble(fields, "GraniteMoeForCausalLM", layers)
 
 
@@ -185,14 +199,9 @@ def _olmoe(fields: Fields) -> Architecture:
     attention = grouped_query(fields, bias=bias, output_bias=bias, norms=hidden + kv_width)
     routing = _router_facts(fields, "OlmoeTopKRouter", norm_topk_prob=False)
     layers = tuple(
-        Layer(
-            attention,
-            MoE(experts, fields.size("num_experts_per_tok"), gated(hidden, inner), inner,
-                (Linear(hidden, experts),), name=f"model.layers.{i}.mlp.experts", routing=routing),
-            2 * hidden,
-        )
+        Layer(attention, _experts(fields, i, experts, inner, routing), 2 * hidden)
         for i in range(_depth(fields))
-    )  # fmt: skip
+    )
     return assemble(fields, "OlmoeForCausalLM", layers)
 
 
@@ -217,10 +226,9 @@ def _qwen2_moe(fields: Fields) -> Architecture:
         attention = grouped_query(
             fields, bias=fields.flag("qkv_bias", True), window=window if slides else None
         )
-        ffn = Dense(gated(hidden, dense), dense) if not is_sparse(fields, i) else MoE(
-            experts, fields.size("num_experts_per_tok"), gated(hidden, inner), inner,
-            (Linear(hidden, experts),), (*gated(hidden, shared), Linear(hidden, 1)), 1,
-            f"model.layers.{i}.mlp.experts", routing,
+        ffn = Dense(gated(hidden, dense), dense) if not is_sparse(fields, i) else _experts(
+            fields, i, experts, inner, routing,
+            shared=(*gated(hidden, shared), Linear(hidden, 1)), shared_experts=1,
         )  # fmt: skip
         layers.append(Layer(attention, ffn, 2 * hidden))
     return assemble(fields, "Qwen2MoeForCausalLM", tuple(layers))
@@ -238,9 +246,8 @@ def _qwen3_moe(fields: Fields) -> Architecture:
     layers = tuple(
         Layer(
             attention,
-            Dense(gated(hidden, dense), dense) if not is_sparse(fields, i) else MoE(
-                experts, fields.size("num_experts_per_tok"), gated(hidden, inner), inner,
-                (Linear(hidden, experts),), name=f"model.layers.{i}.mlp.experts", routing=routing),
+            Dense(gated(hidden, dense), dense) if not is_sparse(fields, i)
+            else _experts(fields, i, experts, inner, routing),
             2 * hidden,
         )
         for i in range(_depth(fields))
@@ -258,9 +265,7 @@ def _gpt_oss(fields: Fields) -> Architecture:
             grouped_query(
                 fields, bias=bias, output_bias=bias, extra=fields.size("num_attention_heads"),
                 window=window if (kinds[i] == "sliding_attention" if kinds else (i + 1) % 2) else None),
-            MoE(experts, fields.size("num_experts_per_tok"), gated(hidden, inner, True), inner,
-                (Linear(hidden, experts, True),), name=f"model.layers.{i}.mlp.experts",
-                routing={"router": "GptOssTopKRouter"}),
+            _experts(fields, i, experts, inner, {"router": "GptOssTopKRouter"}, bias=True),
             2 * hidden,
         )
         for i in range(depth)
@@ -285,10 +290,9 @@ def _glm4_moe(fields: Fields) -> Architecture:
     layers = tuple(
         Layer(
             attention,
-            Dense(gated(hidden, dense), dense) if i < first else MoE(
-                experts, fields.size("num_experts_per_tok"), gated(hidden, inner), inner,
-                (Linear(hidden, experts),), gated(hidden, inner * shared), shared,
-                f"model.layers.{i}.mlp.experts", routing),
+            Dense(gated(hidden, dense), dense) if i < first else _experts(
+                fields, i, experts, inner, routing,
+                shared=gated(hidden, inner * shared), shared_experts=shared),
             2 * hidden,
         )
         for i in range(_depth(fields))
@@ -337,10 +341,9 @@ def _deepseek(fields: Fields, version: int) -> Architecture:
     layers = tuple(
         Layer(
             attention,
-            Dense(gated(hidden, dense), dense) if i < first else MoE(
-                experts, fields.size("num_experts_per_tok"), gated(hidden, inner), inner,
-                (Linear(hidden, experts),), gated(hidden, inner * shared), shared,
-                f"model.layers.{i}.mlp.experts", routing),
+            Dense(gated(hidden, dense), dense) if i < first else _experts(
+                fields, i, experts, inner, routing,
+                shared=gated(hidden, inner * shared), shared_experts=shared),
             2 * hidden,
         )
         for i in range(_depth(fields))
