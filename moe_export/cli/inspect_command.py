@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import click
 
-from moe_export.cli.options import common_options, json_option, trust_remote_code_option
+from moe_export.cli.options import (
+    common_options,
+    json_option,
+    trust_remote_code_option,
+    weight_format_options,
+)
 
 
 @click.command("inspect", short_help="Show parameters, memory, MoE layers and routing.")
 @click.argument("path", metavar="SOURCE|BUNDLE|PRESET")
 @click.option("--context", type=click.IntRange(1), help="Tokens per sequence.  [default: 4096]")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences at a time.")
-@click.option(
-    "--dtype",
-    metavar="FORMAT",
-    help="Weights as float32, bfloat16, float8, int8, int4 or mxfp4.  [default: as published]",
-)
-@click.option(
-    "--kv-dtype",
-    type=click.Choice(("float32", "bfloat16", "float16", "float8")),
-    help="Number format of the cache.  [default: bfloat16; float32 beside float32 weights]",
-)
+@weight_format_options
 @trust_remote_code_option
 @json_option
 @common_options

@@ -107,6 +107,21 @@ def resume_option(function: Decorated) -> Decorated:
     )(function)
 
 
+def weight_format_options(function: Decorated) -> Decorated:
+    """``--dtype`` and ``--kv-dtype``: formats of weights and cache that costs are counted for."""
+    weights = click.option(
+        "--dtype",
+        metavar="FORMAT",
+        help="Weights as float32, bfloat16, float8, int8, int4 or mxfp4.  [default: as published]",
+    )
+    cache = click.option(
+        "--kv-dtype",
+        type=click.Choice(("float32", "bfloat16", "float16", "float8")),
+        help="Number format of the cache.  [default: bfloat16; float32 beside float32 weights]",
+    )
+    return weights(cache(function))
+
+
 def trust_remote_code_option(function: Decorated) -> Decorated:
     """``--trust-remote-code``: run Python code that lies in the source folder."""
     return click.option("--trust-remote-code", is_flag=True, help="Run model code that lies in SOURCE.")(

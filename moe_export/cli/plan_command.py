@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from moe_export.cli.options import Assignment, common_options, json_option
+from moe_export.cli.options import Assignment, common_options, json_option, weight_format_options
 
 
 @click.command("plan", short_help="Predict what serving a model takes on some GPUs.")
@@ -28,16 +28,7 @@ from moe_export.cli.options import Assignment, common_options, json_option
     help="Expert load as `moe-export trace --json FILE` counted it.",
 )
 @click.option("--zipf", type=float, help="Expert load by a Zipf law with this exponent; 0 is uniform.")
-@click.option(
-    "--dtype",
-    metavar="FORMAT",
-    help="Weights as float32, bfloat16, float8, int8, int4 or mxfp4.  [default: as published]",
-)
-@click.option(
-    "--kv-dtype",
-    type=click.Choice(("float32", "bfloat16", "float16", "float8")),
-    help="Number format of the cache.  [default: bfloat16; float32 beside float32 weights]",
-)
+@weight_format_options
 @click.option(
     "--ep-mode",
     type=click.Choice(("allreduce", "alltoall")),
