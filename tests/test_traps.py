@@ -3,7 +3,7 @@
 More of each kind: sizes that the sample fixes in ``importer/test_trace.py``, layers traced around the hook in
 ``importer/test_export.py``, windows in ``importer/test_cache.py``, adapters that say something else than
 their block in ``models/test_adapters.py``, routers that match on random inputs only in
-``passes/test_attach_router.py``.
+``passes/test_router_look_alikes.py``.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Routers are recognised in every parametrisation and however written; what only looks like one is left "
-"alone."""
+"""Routers are recognised in every parametrisation and however written."""
 
 from __future__ import annotations
 
@@ -11,7 +10,6 @@ import pytest
 from moe_export.errors import UsageError
 from moe_export.ops import OPS
 from moe_export.passes.attach_router import AttachRouter
-from moe_export.passes.router_proof import hard_logits
 
 from .moe_graphs import (
     EXPERTS,
@@ -26,14 +24,7 @@ from .moe_graphs import (
     run,
     tokens,
 )
-
-BIAS = np.random.default_rng(3).standard_normal(EXPERTS).astype(np.float32)
-PLAIN = "scores = Softmax <axis = -1> (logits)\n best, chosen = TopK <axis = -1> (scores, k)\n"
-
-
-def scalar(value: float) -> np.ndarray:
-    return np.array(value, np.float32)
-
+from .router_texts import BIAS, PLAIN, attach, renamed, same_results, scalar
 
 WRITTEN_OTHERWISE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "softmax by hand": (
@@ -132,23 +123,6 @@ WRITTEN_OTHERWISE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"score": "softmax", "renormalize": 1},
     ),
 }
-
-
-def same_results(context: Any, before: Any) -> None:
-    """The model computes what it did, at several sizes."""
-    for count, scale in ((0, 1.0), (1, 1.0), (33, 1.0), (20, 30.0)):
-        hidden = tokens(count, scale=scale)
-        (old,), (new,) = run(before, hidden), run(context.model, hidden)
-        assert old.shape == new.shape
-        assert np.abs(new - old).max(initial=0) <= 1e-5 * max(1.0, np.abs(old).max(initial=0))
-
-
-def attach(router: str, more: dict[str, Any] | None = None, **layer: Any) -> tuple[Any, Any]:
-    context = one_layer(router, more=more, **layer)
-    before = context.model.clone()
-    AttachRouter().apply(context)
-    return context, before
-
 
 VARIANTS: list[dict[str, Any]] = [
     {"score": "softmax"},
@@ -258,148 +232,6 @@ def test_float16_with_a_bias() -> None:
     )  # ORT keeps more than float16
 
 
-REVERSED = np.arange(EXPERTS, dtype=np.int64)[::-1].copy()
-LOOK_ALIKES: dict[str, tuple[str, dict[str, Any]]] = {
-    "scores above 0.9999 count as 1": (
-        PLAIN + "high = Greater (best, limit)\n weights = Where (high, one, best)",
-        {"limit": scalar(0.9999), "one": scalar(1.0)},
-    ),
-    "weights below 1e-4 dropped": (
-        PLAIN + "low = Less (best, limit)\n weights = Where (low, none, best)",
-        {"limit": scalar(1e-4), "none": scalar(0.0)},
-    ),
-    "an expert of more than 0.99995 takes all": (
-        PLAIN
-        + """top = ReduceMax <keepdims = 1> (best, last)
-        sure = Greater (top, limit)
-        first = Equal (best, top)
-        hard = Cast <to = 1> (first)
-        weights = Where (sure, hard, best)""",
-        {"limit": scalar(0.99995)},
-    ),
-    "renormalised unless the sum is tiny": (
-        """scores = Sigmoid (logits)
-        best, chosen = TopK <axis = -1> (scores, k)
-        sum = ReduceSum <keepdims = 1> (best, last)
-        enough = Greater (sum, limit)
-        safe = Where (enough, sum, one)
-        weights = Div (best, safe)""",
-        {"limit": scalar(1e-6), "one": scalar(1.0)},
-    ),
-    "sum clamped from below": (
-        """scores = Sigmoid (logits)
-        best, chosen = TopK <axis = -1> (scores, k)
-        sum = ReduceSum <keepdims = 1> (best, last)
-        safe = Max (sum, limit)
-        weights = Div (best, safe)""",
-        {"limit": scalar(1e-7)},
-    ),
-    "bias in the weights too": (
-        "scores = Sigmoid (logits)\n biased = Add (scores, bias)\n weights, chosen = TopK <axis = -1> "
-        "(biased, k)",
-        {"bias": np.zeros(EXPERTS, np.float32)},
-    ),
-    "large bias clipped": (
-        """scores = Sigmoid (logits)
-        kept = Clip (bias, minus, plus)
-        biased = Add (scores, kept)
-        best, chosen = TopK <axis = -1> (biased, k)
-        weights = GatherElements <axis = 1> (scores, chosen)""",
-        {"bias": BIAS * 0.1, "minus": scalar(-50), "plus": scalar(50)},
-    ),
-    "ties go to the higher expert": (
-        """scores = Softmax <axis = -1> (logits)
-        backwards = Gather <axis = 1> (scores, reversed)
-        weights, places = TopK <axis = -1> (backwards, k)
-        chosen = Gather <axis = 0> (reversed, places)""",
-        {"reversed": REVERSED},
-    ),
-    "at most 200 tokens routed": (
-        PLAIN
-        + """size = Shape <start = 0, end = 1> (logits)
-        many = Greater (size, limit)
-        weights = Where (many, none, best)""",
-        {"limit": np.array([200], np.int64), "none": scalar(0.0)},
-    ),
-    "first token routed apart": (
-        PLAIN
-        + """size = Shape <start = 0, end = 1> (logits)
-        zero = Constant <value_int = 0> ()
-        step = Constant <value_int = 1> ()
-        count = Squeeze (size)
-        place = Range (zero, count, step)
-        first = Equal (place, zero)
-        column = Unsqueeze (first, last)
-        weights = Where (column, one, best)""",
-        {"one": scalar(1.0)},
-    ),
-    "softmax over the tokens": (
-        "scores = Softmax <axis = 0> (logits)\n weights, chosen = TopK <axis = -1> (scores, k)",
-        {},
-    ),
-    "relative threshold (sparsemixer)": (
-        PLAIN
-        + """top = ReduceMax <keepdims = 1> (logits, last)
-        gap = Sub (top, logits)
-        size = Abs (logits)
-        scale = Max (size, top)
-        part = Div (gap, scale)
-        far = Greater (part, limit)
-        picked = GatherElements <axis = 1> (far, chosen)
-        weights = Where (picked, none, best)""",
-        {"limit": scalar(0.2), "none": scalar(0.0)},
-    ),
-    "a number per expert on the scores": (
-        PLAIN + "own = Gather <axis = 0> (gain, chosen)\n weights = Mul (own, best)",
-        {"gain": np.linspace(0.5, 1.5, EXPERTS, dtype=np.float32)},
-    ),
-}
-ONLY_EXTREMES = (
-    "scores above 0.9999 count as 1",
-    "weights below 1e-4 dropped",
-    "an expert of more than 0.99995 takes all",
-    "renormalised unless the sum is tiny",
-    "sum clamped from below",
-    "large bias clipped",
-    "ties go to the higher expert",
-    "at most 200 tokens routed",
-)
-
-
-def routing(context: Any, hidden: Any) -> tuple[Any, Any]:
-    ids, weights = run(context.model, hidden, ("moe.0.expert_ids", "moe.0.weights"))
-    order = np.argsort(ids, axis=-1)
-    return np.take_along_axis(ids, order, -1), np.take_along_axis(weights, order, -1)
-
-
-@pytest.mark.parametrize("name", LOOK_ALIKES)
-def test_a_look_alike_stays_plain_nodes(name: str) -> None:
-    router, more = LOOK_ALIKES[name]
-    context, before = attach(router, more)
-    layer = context.layers[0]
-    assert layer.router is None, f"recognised as {layer.router}"
-    assert layer.router_note and layer.logits is None
-    assert context.decisions[0].choice == "router as plain nodes"
-    assert context.decisions[0].reason == layer.router_note
-    hidden = tokens(17)
-    assert np.array_equal(run(context.model, hidden)[0], run(before, hidden)[0]), "nothing was changed"
-
-
-@pytest.mark.parametrize("name", ONLY_EXTREMES)
-def test_those_look_alikes_do_match_on_random_inputs(name: str) -> None:
-    router, more = LOOK_ALIKES[name]
-    plain = {
-        "renormalised unless the sum is tiny": {"score": "sigmoid", "renormalize": 1},
-        "sum clamped from below": {"score": "sigmoid", "renormalize": 1},
-        "large bias clipped": {"score": "sigmoid", "biased": 1},
-    }.get(name, {"score": "softmax"})
-    honest = one_layer(inlined_router(**plain), more={"selection_bias": BIAS * 0.1})
-    for count in (5, 40):
-        ids, weights = routing(one_layer(router, more=more), tokens(count, scale=0.3))
-        want_ids, want = routing(honest, tokens(count, scale=0.3))
-        assert np.array_equal(ids, want_ids) and np.allclose(weights, want, atol=1e-6)
-
-
 def test_a_capacity_is_not_covered_by_the_proof() -> None:
     router = (
         PLAIN
@@ -484,7 +316,7 @@ def test_a_router_whose_nodes_onnx_runtime_refuses() -> None:
 
 def test_layers_of_two_kinds() -> None:
     second = WRITTEN_OTHERWISE["sigmoid, bias for selection"][0]
-    text = layer_text(SOFTMAX_RENORMALISED) + _renamed(layer_text(second, index=1, hidden="out_0"))
+    text = layer_text(SOFTMAX_RENORMALISED) + renamed(layer_text(second, index=1, hidden="out_0"))
     model = model_of(text, {**layer_weights(), **layer_weights(1), "bias": BIAS}, result="out_1")
     context = context_of(model)
     before = context.model.clone()
@@ -495,17 +327,8 @@ def test_layers_of_two_kinds() -> None:
     same_results(context, before)
 
 
-def _renamed(text: str) -> str:
-    """The text of a second layer with names of its own."""
-    import re
-
-    locals_ = set(re.findall(r"^\s*([\w, ]+?) =", text, re.MULTILINE))
-    names = {n.strip() for group in locals_ for n in group.split(",")} - {"out_1"}
-    return re.sub(r"\b(\w+)\b", lambda m: f"{m[1]}_b" if m[1] in names else m[1], text)
-
-
 def test_two_layers_of_one_kind_share_the_body() -> None:
-    text = layer_text(SOFTMAX_RENORMALISED) + _renamed(
+    text = layer_text(SOFTMAX_RENORMALISED) + renamed(
         layer_text(SOFTMAX_RENORMALISED, index=1, hidden="out_0")
     )
     model = model_of(text, {**layer_weights(), **layer_weights(1)}, result="out_1")
@@ -553,20 +376,3 @@ def test_router_with_wrong_attributes_is_refused() -> None:
     text = layer_text('weights, chosen = moe_export.Router <top_k = 2, score = "softmx"> (logits)')
     with pytest.raises(UsageError, match=r"Router\.score: unknown value 'softmx'"):
         model_of(text, layer_weights())
-
-
-def test_hard_logits_hold_what_they_promise() -> None:
-    cases = hard_logits(8, "float32", [200.0, 0.25])
-    together = np.concatenate([c.ravel() for c in cases])
-    assert np.isneginf(together).any() is np.False_, "with 8 experts none is masked"
-    assert np.isneginf(np.concatenate([c.ravel() for c in hard_logits(32, "float32")])).any()
-    assert max(len(c) for c in cases) == 208
-    assert any((c == c[:, :1]).all() for c in cases), "ties of all"
-    assert np.abs(together).max() > 1e29
-    for number in (200.0, 0.25):
-        assert any(
-            (c > number).any() and (c < number).any() and np.abs(c - number).min() < 0.05 * number
-            for c in cases
-        )
-    half = np.concatenate([c.ravel() for c in hard_logits(16, "float16", [1e-20, 65504.0])])
-    assert half.dtype == np.float16 and not np.isnan(half).any() and not np.isposinf(half).any()

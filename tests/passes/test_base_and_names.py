@@ -28,7 +28,7 @@ from .moe_graphs import (
     run,
     tokens,
 )
-from .test_attach_router import _renamed
+from .router_texts import renamed
 
 
 class _Broken(Pass):
@@ -203,7 +203,7 @@ def test_moe_values_that_are_outputs_keep_both_names() -> None:
 
 
 def _two(second: str, **weights: np.ndarray) -> PassContext:
-    text = layer_text(SOFTMAX_RENORMALISED) + _renamed(second) + "\nboth = Add (out_0, out_1)\n"
+    text = layer_text(SOFTMAX_RENORMALISED) + renamed(second) + "\nboth = Add (out_0, out_1)\n"
     return context_of(model_of(text, {**layer_weights(), **layer_weights(1), **weights}, result="both"))
 
 
@@ -222,7 +222,7 @@ def test_two_layers_with_one_routing() -> None:
     second = layer_text(SOFTMAX_RENORMALISED, index=1)
     second = second[second.index("order, offsets") :].replace("(ids)", "(shared_ids)")
     second = second.replace("order, weights", "order, shared_weights")
-    text = layer_text(SOFTMAX_RENORMALISED) + _renamed(second).replace("shared_ids", "ids").replace(
+    text = layer_text(SOFTMAX_RENORMALISED) + renamed(second).replace("shared_ids", "ids").replace(
         "shared_weights", "weights"
     )
     model = model_of(
