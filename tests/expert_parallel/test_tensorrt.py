@@ -334,7 +334,7 @@ def test_a_rank_has_room_for_what_all_send() -> None:
     ("mode", "dtype"),
     [
         ("allreduce", "float32"),
-        ("alltoall", "bfloat16"),
+        pytest.param("alltoall", "bfloat16", marks=pytest.mark.nightly),
         pytest.param("allreduce", "bfloat16", marks=pytest.mark.nightly),
         pytest.param("alltoall", "float32", marks=pytest.mark.nightly),
     ],

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
+
 from tests.helpers.tools import tool
+
+LONGEST = ("dots3_note", "glm5_next", "hy_v4", "inkling2", "zaya")
+"""Families that take half a minute each."""
 
 
 def check_family(name: str, model_class: str) -> None:
@@ -12,6 +19,11 @@ def check_family(name: str, model_class: str) -> None:
     assert set(row.max_error) == {"portable", "onnxruntime"}
 
 
-def classes(families) -> list[tuple[str, str]]:
-    """(family, class) of every class of ``families`` that is not refused."""
-    return [(f.name, cls) for f in families if f.status != "refused" for cls in f.classes]
+def classes(families: Any) -> list[Any]:
+    """(family, class) of every class of ``families`` that is not refused; the longest are nightly."""
+    return [
+        pytest.param(f.name, cls, marks=pytest.mark.nightly if f.name in LONGEST else ())
+        for f in families
+        if f.status != "refused"
+        for cls in f.classes
+    ]
