@@ -221,6 +221,7 @@ class Notes(NullProgress):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_a_real_build_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     saved("mixtral", tmp_path / "source", torch.bfloat16, 4)

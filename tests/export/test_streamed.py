@@ -126,6 +126,7 @@ def memory(source: Path, output: Path, weights: str, ranks: int = 1) -> tuple[in
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_a_build_holds_no_more_than_its_way_needs(tmp_path: Path) -> None:
     """Streamed: one matrix. Loaded: the source's weights in float32, and nothing of the target's layout."""
