@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,8 @@ pytestmark = [pytest.mark.slow, needs_mpi]
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 LIMIT = 4.0
 UNREACHABLE = "no active messages transport to"
-"""What MPI says when it starts and finds no way to the other rank: once in many runs on a busy machine,
-though the cable is there. No code of ours has run then."""
+"""What MPI said once, on a busy machine, when it started: that there is no way to the other rank, though the
+cable was there. No code of ours has run then, so it is started again, with a warning."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,8 @@ class Hosts:
         )
 
     def run(self, *words: str | Path) -> Done:
-        for _ in range(3):
-            done = finish(self.start(words), 90)
-            if UNREACHABLE not in done.err:
-                break
-        return done
+        done = finish(self.start(words), 90)
+        return finish(self.start(words), 90) if mpi_found_no_way(done) else done
 
     def sent(self) -> int:
         """Bytes that the second host sent so far."""
@@ -70,6 +68,14 @@ class Hosts:
             check=True, capture_output=True, text=True,
         )  # fmt: skip
         return int(done.stdout.split("TX:")[1].split()[6])
+
+
+def mpi_found_no_way(done: Done) -> bool:
+    """Whether a run did not start for that reason."""
+    found = UNREACHABLE in done.err
+    if found:
+        warnings.warn(f"MPI is started again: {done.err}", stacklevel=2)
+    return found
 
 
 @pytest.fixture
@@ -89,25 +95,11 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
             subprocess.run([*inside, "addr", "add", f"{address}/24", "dev", cable], check=True)
             subprocess.run([*inside, "link", "set", cable, "up"], check=True)
             subprocess.run([*inside, "link", "set", "lo", "up"], check=True)
-        for name, cable in zip(names, cables, strict=True):
-            _wait_until_up(name, cable)
         yield _disks(tmp_path, names, cables[1])
     finally:
         for name, code in zip(names, made, strict=True):
             if not code:
                 subprocess.run(["ip", "netns", "delete", name], check=True)
-
-
-def _wait_until_up(name: str, cable: str) -> None:
-    """The kernel may take a second to see that a cable has two ends; until then MPI does not take it."""
-    until = time.monotonic() + 20
-    command = ["ip", "-n", name, "link", "show", cable]
-    while True:
-        shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        if " state UP " in shown:
-            return
-        assert time.monotonic() < until, shown
-        time.sleep(0.05)
 
 
 def _disks(folder: Path, names: tuple[str, str], cable: str) -> Hosts:
@@ -169,7 +161,7 @@ def test_a_cable_that_is_pulled_out(hosts: Hosts, tmp_path: Path) -> None:
         assert time.monotonic() < until
         if process.poll() is not None:
             ended = finish(process)
-            assert UNREACHABLE in ended.err, ended.err
+            assert mpi_found_no_way(ended), ended.err
             process = hosts.start(words)
         time.sleep(0.05)
     subprocess.run(["ip", "-n", hosts.names[1], "link", "set", hosts.cable, "down"], check=True)

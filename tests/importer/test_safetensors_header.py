@@ -112,7 +112,8 @@ def their_view(path: Path) -> dict[str, tuple[str, list[int]]] | None:
     """What the safetensors library makes of a file; None = refused."""
     try:
         with safe_open(path, "np") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            names = opened.keys()
+            slices = {name: opened.get_slice(name) for name in names}
             return {name: (s.get_dtype(), s.get_shape()) for name, s in slices.items()}
     except SafetensorError:
         return None

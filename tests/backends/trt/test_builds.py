@@ -265,3 +265,17 @@ def test_both_lowerings_for_three_sms(
     assert all(("custom_layer" in k) == (lowering == "plugin") for k in kinds)
     assert (bundle.path / "kernels").is_dir() == (lowering == "plugin")
     open_bundle(bundle.path)
+
+
+@without_gpu
+def test_tensorrts_own_layer_is_not_chosen_for_ranks(model: torch.nn.Module, tmp_path: Path) -> None:
+    few = {**OPTIONS, "max_batch": 1, "max_sequence": 2, "verify": False, "dtype": "bfloat16", "sm": (100,)}
+    built = [
+        moe_export.build(model, tmp_path / f"{ranks}", target="tensorrt", ep=ranks, **few) for ranks in (1, 2)
+    ]
+    (alone, *_), (divided, *_) = (
+        [d for d in bundle.manifest.decisions if d.subject.endswith(": experts")] for bundle in built
+    )
+    assert "TRT_MoE" in alone.choice, "the layer is not chosen at all"
+    assert "TRT_MoE" not in divided.choice
+    assert any("may drop assignments" in other.reason for other in divided.alternatives)
